@@ -1,0 +1,121 @@
+"""Every error that flglm raises on purpose.
+
+FlglmError
+├── UsageError            what a person wrote is wrong                         exit 4
+│   ├── JobError          a job file, or settings that contradict each other
+│   ├── DataError         a data file, with its line
+│   ├── ModelError        a checkpoint that is absent, corrupt or of an unknown family
+│   ├── KeyFileError      an identity, card or invitation file
+│   └── CheckpointError   a training checkpoint that is absent, corrupt or of another job
+├── Refused               the other side said no                               exit 1
+├── ConnectionFailed      nobody there, or gone                                exit 2
+│   └── HandshakeError    the other side is not who it should be
+├── DeadlineExceeded      a bounded wait ended                                 exit 3
+└── PeerError             a message from outside broke a rule (they erred)     exit 2
+    ├── FrameError        number or size of frames
+    ├── EnvelopeError     kind or routing header
+    ├── SealError         a record that does not open
+    │   ├── ReplayError   its sequence number was seen before
+    │   └── OrderError    it skips sequence numbers
+    ├── SchemaError       an opened message that is not one of ours
+    └── TensorError       a tensor's dtype, shape, size or values
+
+`code` is what travels and what machines read; the message is one line for a person and names what to change.
+"""
+
+from typing import ClassVar
+
+
+class FlglmError(Exception):
+    """Base of all. `hint`, if given, says what to type or change."""
+
+    code: ClassVar[str] = "internal"
+    exit_code: ClassVar[int] = 5
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(FlglmError):
+    code = "usage"
+    exit_code = 4
+
+
+class JobError(UsageError):
+    code = "job"
+
+
+class DataError(UsageError):
+    code = "data"
+
+
+class ModelError(UsageError):
+    code = "model"
+
+
+class KeyFileError(UsageError):
+    code = "key_file"
+
+
+class CheckpointError(UsageError):
+    code = "checkpoint"
+
+
+class Refused(FlglmError):
+    """The other side refused. `reason` is its code (for example `job_differs`)."""
+
+    code = "refused"
+    exit_code = 1
+
+    def __init__(self, message: str, *, reason: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.reason = reason
+
+
+class ConnectionFailed(FlglmError):
+    code = "connection"
+    exit_code = 2
+
+
+class HandshakeError(ConnectionFailed):
+    code = "handshake"
+
+
+class DeadlineExceeded(FlglmError):
+    code = "timeout"
+    exit_code = 3
+
+
+class PeerError(FlglmError):
+    code = "peer"
+    exit_code = 2
+
+
+class FrameError(PeerError):
+    code = "frame"
+
+
+class EnvelopeError(PeerError):
+    code = "envelope"
+
+
+class SealError(PeerError):
+    code = "seal"
+
+
+class ReplayError(SealError):
+    code = "replay"
+
+
+class OrderError(SealError):
+    code = "order"
+
+
+class SchemaError(PeerError):
+    code = "schema"
+
+
+class TensorError(PeerError):
+    code = "tensor"

@@ -1,0 +1,174 @@
+"""The job: one training task, described by the server's job file and sent to every client.
+
+One source for all settings: YAML on disk, JSON on the wire, a SHA-256 digest of the canonical JSON in invitations and
+handshakes, so that no setting can be changed between operator and client. Names are those of Hugging Face and peft
+where those exist.
+"""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shared.errors import JobError
+
+WireFormat = Literal["float32", "bfloat16", "float16"]
+TrainedPart = Literal["head", "trunk", "tail"]
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Split(Settings):
+    """How many blocks stay with the client, before (`head_blocks`) and after (`tail_blocks`) the trunk."""
+
+    head_blocks: Positive = 1
+    tail_blocks: Positive = 1
+
+
+class Lora(Settings):
+    """LoRA (arXiv 2106.09685) with peft's names. `target_modules: null` means the family's attention projections."""
+
+    type: Literal["lora"] = "lora"
+    r: Annotated[int, Field(ge=1, le=1024)] = 8
+    lora_alpha: Annotated[float, Field(gt=0)] = 16
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: tuple[str, ...] | None = None
+
+
+class Full(Settings):
+    """All weights are trained, each part where it lives."""
+
+    type: Literal["full"] = "full"
+
+
+Method = Annotated[Lora | Full, Field(discriminator="type")]
+
+
+class Training(Settings):
+    """Each party's optimizer: AdamW (arXiv 1711.05101), a schedule over all steps, clipping by the norm of the part."""
+
+    per_device_train_batch_size: Positive = 8
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    parts: Annotated[tuple[TrainedPart, ...], Field(min_length=1)] = ("head", "trunk", "tail")
+
+
+class Data(Settings):
+    """Rows longer than `max_length` tokens are truncated or skipped, and counted either way."""
+
+    max_length: Annotated[int, Field(ge=2, le=1_048_576)] = 256
+    too_long: Literal["truncate", "skip"] = "truncate"
+
+
+class Rounds(Settings):
+    """`count` rounds of `local_steps` steps each; after each, clients' heads and tails are averaged (FedAvg)."""
+
+    count: Positive = 10
+    local_steps: Positive = 10
+    weighting: Literal["tokens", "rows"] = "tokens"
+    evaluate_every: Positive = 1
+
+
+class Cohort(Settings):
+    """Who steps together. Training starts with `clients` clients; a step waits `deadline_s` for the last of them."""
+
+    clients: Annotated[int, Field(ge=1, le=4096)] = 1
+    deadline_s: Seconds = 120.0
+    max_batch_tokens: Annotated[int, Field(ge=1, le=2**24)] = 65_536
+
+
+class Wire(Settings):
+    """The number format of hidden states and of gradients on the wire."""
+
+    hidden: WireFormat = "float32"
+    gradient: WireFormat = "float32"
+
+
+class Job(Settings):
+    """One training task."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")] = "job"
+    model_name_or_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    split: Split = Split()
+    method: Method = Lora()
+    training: Training = Training()
+    data: Data = Data()
+    rounds: Rounds = Rounds()
+    cohort: Cohort = Cohort()
+    wire: Wire = Wire()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Job":
+        if len(set(self.training.parts)) != len(self.training.parts):
+            raise ValueError("training.parts names a part twice")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        return self.rounds.count * self.rounds.local_steps
+
+    def canonical(self) -> bytes:
+        """The job as canonical JSON: sorted keys, no spaces, ASCII."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+
+    def digest(self) -> bytes:
+        """SHA-256 of `canonical()`, 32 bytes."""
+        return hashlib.sha256(self.canonical()).digest()
+
+
+def parse_job(values: Any, source: str) -> Job:
+    """A Job from plain data. Raises JobError: one line, with the setting's name and, for unknown ones, the nearest."""
+    try:
+        return Job.model_validate(values)
+    except ValidationError as error:
+        raise JobError(f"{source}: {describe(error, Job)}") from None
+
+
+def load_job(path: Path) -> Job:
+    """Read a YAML job file. Raises JobError."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise JobError(f"{path}: {error.strerror}", hint="name the job file with --job") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise JobError(f"{path}: not YAML ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(values, dict):
+        raise JobError(f"{path}: a job file is a mapping of settings")
+    return parse_job(values, str(path))
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first fault of a validation error in one line; an unknown setting with the nearest known one."""
+    fault = error.errors()[0]
+    where = ".".join(str(part) for part in fault["loc"]) or "settings"
+    if fault["type"] == "extra_forbidden":
+        unknown = str(fault["loc"][-1])
+        near = difflib.get_close_matches(unknown, _known_names(model), n=1, cutoff=0.5)
+        return f"unknown setting '{where}'" + (f"; did you mean '{near[0]}'?" if near else "")
+    return f"{where}: {fault['msg']}"
+
+
+def _known_names(model: type[BaseModel]) -> list[str]:
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        names.append(name)
+        inner = field.annotation
+        for candidate in getattr(inner, "__args__", (inner,)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                names.extend(_known_names(candidate))
+    return names

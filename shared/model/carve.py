@@ -1,0 +1,190 @@
+"""Building head, trunk and tail from a checkpoint, each with its own weights and nothing else.
+
+The same architecture is built with fewer blocks, the modules that the part must not have are taken out, and the
+rest is filled from the safetensors files. No modelling code is written anew, so logits stay those of transformers.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from shared.errors import ModelError
+from shared.model.checkpoint import Checkpoint
+from shared.model.families import Family, family_of, sliced_config
+from shared.model.packing import IMPLEMENTATION, packed_attention, position_ids, row_mask
+from shared.model.plan import PartName, SplitPlan
+
+
+class Absent(nn.Module):
+    """Stands where a part has no module; calling it is an error."""
+
+
+class NoPositions(nn.Module):
+    """Adds nothing: position embeddings were added once, at the head."""
+
+    def forward(self, _: Tensor) -> Tensor:
+        return torch.zeros(())
+
+
+@dataclass(frozen=True)
+class Part:
+    """Head, trunk or tail: the module, and where its blocks lie in the whole model."""
+
+    name: PartName
+    module: Any
+    family: Family
+    plan: SplitPlan
+
+    @property
+    def base(self) -> Any:
+        """The base model (blocks and norm, no output layer)."""
+        return getattr(self.module, self.module.base_model_prefix)
+
+    @property
+    def config(self) -> Any:
+        return self.module.config
+
+    def global_name(self, name: str) -> str:
+        """A parameter's name in the whole model: block i of this part is block start + i there."""
+        start = self.plan.blocks(self.name).start
+        pattern = rf"(^|\.)({re.escape(self.family.blocks)})\.(\d+)\."
+        return re.sub(pattern, lambda m: f"{m[1]}{m[2]}.{int(m[3]) + start}.", name, count=1)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by their name in the whole model."""
+        return {self.global_name(name): p for name, p in self.module.named_parameters()}
+
+    def embed(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Head only. input_ids (T,) int64, rows end to end; hidden (T, d)."""
+        return self._blocks(lengths, input_ids=input_ids.unsqueeze(0))
+
+    def forward(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Trunk only. hidden (T, d), rows end to end, to hidden (T, d)."""
+        return self._blocks(lengths, inputs_embeds=hidden.unsqueeze(0))
+
+    def logits(self, hidden: Tensor, lengths: Sequence[int], at: Tensor) -> Tensor:
+        """Tail only. hidden (T, d) to logits (P, vocabulary) at the P packed positions `at` (int64)."""
+        output = self.module(
+            inputs_embeds=hidden.unsqueeze(0), logits_to_keep=at, **self._packed(lengths, hidden.device)
+        )
+        result: Tensor = output.logits[0]
+        return result
+
+    def _blocks(self, lengths: Sequence[int], **inputs: Tensor) -> Tensor:
+        device = next(iter(inputs.values())).device
+        output: BaseModelOutputWithPast = self.base(**inputs, **self._packed(lengths, device))
+        assert output.last_hidden_state is not None
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    @staticmethod
+    def _packed(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+        return {"position_ids": position_ids(lengths, device), "attention_mask": row_mask(lengths), "use_cache": False}
+
+
+def load_part(
+    checkpoint: Checkpoint, plan: SplitPlan, name: PartName, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Part:
+    """Build one part and read its tensors, and no others, in `dtype`. Raises ModelError."""
+    family = family_of(checkpoint.config)
+    module = _empty(checkpoint.config, plan, name, family)
+    part = Part(name, module, family, plan)
+    wanted = {_stored_name(checkpoint, part, local): local for local in _unfilled(part)}
+    for stored, tensor in checkpoint.read(wanted):
+        _fill(module, wanted[stored], tensor, dtype, device, checkpoint)
+    for owner in module.modules():
+        for leaf, buffer in owner.named_buffers(recurse=False):
+            setattr(owner, leaf, buffer.to(device))
+    return part
+
+
+def load_head_and_tail(
+    checkpoint: Checkpoint, plan: SplitPlan, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[Part, Part]:
+    """The client's two parts; with tied embeddings they share one parameter, as in the whole model."""
+    head = load_part(checkpoint, plan, "head", dtype=dtype, device=device)
+    tail = load_part(checkpoint, plan, "tail", dtype=dtype, device=device)
+    if checkpoint.config.tie_word_embeddings:
+        tail.module.get_output_embeddings().weight = getattr(head.base, head.family.embedding).weight
+    return head, tail
+
+
+def _empty(config: Any, plan: SplitPlan, name: PartName, family: Family) -> Any:
+    """The part's modules, parameters on the meta device, buffers real."""
+    blocks = plan.blocks(name)
+    part_config = sliced_config(config, blocks.start, blocks.stop)
+    # GPT-Neo knows no attention interface; its attention is replaced below.
+    implementation = "eager" if family.model_type == "gpt_neo" else IMPLEMENTATION
+    with init_empty_weights(include_buffers=False):
+        module = AutoModelForCausalLM.from_config(part_config, attn_implementation=implementation)
+    base = getattr(module, module.base_model_prefix)
+    if name != "head":
+        setattr(base, family.embedding, Absent())
+        if family.positions:
+            setattr(base, family.positions, NoPositions())
+        if family.embedding_dropout:
+            setattr(base, family.embedding_dropout, nn.Identity())
+    if name != "tail":
+        setattr(base, family.final_norm, nn.Identity())
+        module.set_output_embeddings(Absent())
+    if family.model_type == "gpt_neo":
+        for block in base.h:
+            _pack_gpt_neo_attention(block.attn.attention, config.window_size)
+    return module
+
+
+def _pack_gpt_neo_attention(attention: Any, window_size: int) -> None:
+    window = window_size if attention.attention_type == "local" else None
+    attention.bias = None  # a (context, context) mask that packed attention does not read
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor) -> tuple[Tensor, None]:
+        dropout = attention.attn_dropout.p if attention.training else 0.0
+        output, _ = packed_attention(
+            attention, query, key, value, attention_mask, scaling=1.0, dropout=dropout, sliding_window=window
+        )
+        return output.transpose(1, 2), None
+
+    attention._attn = attend
+
+
+def _unfilled(part: Part) -> list[str]:
+    """Local names of the tensors to read: parameters still on the meta device, tied output weights apart.
+
+    The tail of a tied model takes its output weights from the head.
+    """
+    output = part.module.get_output_embeddings()
+    tied = part.name == "tail" and part.config.tie_word_embeddings
+    return [name for name, p in part.module.named_parameters() if p.is_meta and not (tied and output.weight is p)]
+
+
+def _stored_name(checkpoint: Checkpoint, part: Part, local: str) -> str:
+    """The name under which the checkpoint keeps a parameter: ours, without the base prefix, or an old alias."""
+    name = part.global_name(local)
+    prefix = part.module.base_model_prefix + "."
+    for candidate in (name, name.removeprefix(prefix), part.family.aliases.get(name, name)):
+        if candidate in checkpoint.files:
+            return candidate
+    raise ModelError(f"{checkpoint.name_or_path}: the checkpoint has no tensor {name}")
+
+
+def _fill(
+    module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: str, checkpoint: Checkpoint
+) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    expected = getattr(owner, leaf).shape
+    if tensor.shape != expected:
+        raise ModelError(
+            f"{checkpoint.name_or_path}: tensor {name} has shape {tuple(tensor.shape)}, the configuration says "
+            f"{tuple(expected)}"
+        )
+    # A copy of its own: what was read may be a view of the mapped file.
+    copy = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+    setattr(owner, leaf, nn.Parameter(copy))

@@ -1,0 +1,157 @@
+"""A pretrained checkpoint on disk or on the hub: its config, where each tensor lies, and what identifies it.
+
+Only safetensors are read, and of those only the tensors asked for. No pickled weights, no remote code.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig
+
+from shared.errors import ModelError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SAMPLED_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Hex digests of what must agree between a client's checkpoint and the server's.
+
+    `weights` covers the first 4 KiB of every tensor: enough to tell two checkpoints apart, without reading gigabytes.
+    It catches mistakes; it is no proof against an owner who lies about his own model.
+    """
+
+    config: str
+    tensors: str
+    weights: str
+
+    def difference(self, other: "Fingerprint") -> str | None:
+        """What differs, in words; None if nothing does."""
+        if self.config != other.config:
+            return "the configurations differ (config.json)"
+        if self.tensors != other.tensors:
+            return "the names, shapes or dtypes of the tensors differ"
+        if self.weights != other.weights:
+            return "the weights differ"
+        return None
+
+
+class Checkpoint:
+    """A Hugging Face causal language model in a folder or, by its id, on the hub (downloaded file by file)."""
+
+    def __init__(self, name_or_path: str) -> None:
+        """Reads the config and the index alone. Raises ModelError."""
+        self.name_or_path = name_or_path
+        self.folder = Path(name_or_path).expanduser()
+        self.is_local = self.folder.is_dir()
+        if not self.is_local and (self.folder.is_absolute() or name_or_path.startswith((".", "~"))):
+            raise ModelError(f"no model folder at {name_or_path}", hint="set model_name_or_path (or --model)")
+        self.config: Any = self._read_config()
+        self.files = self._index()
+
+    def _read_config(self) -> Any:
+        path = self.file("config.json")
+        try:
+            return AutoConfig.from_pretrained(str(path.parent))
+        except (ValueError, KeyError, OSError) as error:
+            raise ModelError(f"{path}: not a model configuration ({str(error).splitlines()[0][:200]})") from None
+
+    def file(self, name: str) -> Path:
+        """The local path of one file of the checkpoint; downloads it from the hub where needed. Raises ModelError."""
+        if self.is_local:
+            path = self.folder / name
+            if not path.is_file():
+                raise ModelError(f"{self.folder}: the checkpoint has no {name}")
+            return path
+        try:
+            return Path(hf_hub_download(self.name_or_path, name))
+        except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, EntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise ModelError(
+                f"'{self.name_or_path}' is neither a folder nor a model that the hub gives us ({name}: {reason})"
+            ) from None
+
+    def _index(self) -> dict[str, str]:
+        """Tensor name to file name."""
+        if self._has(INDEX):
+            path = self.file(INDEX)
+            try:
+                return {str(name): str(file) for name, file in json.loads(path.read_text())["weight_map"].items()}
+            except (ValueError, KeyError, AttributeError):
+                raise ModelError(f"{path}: not a safetensors index") from None
+        if not self._has(SINGLE):
+            raise ModelError(
+                f"{self.name_or_path}: no {SINGLE} and no {INDEX}",
+                hint="convert the checkpoint with save_pretrained(..., safe_serialization=True)",
+            )
+        with self._open(SINGLE) as tensors:
+            return dict.fromkeys(tensors.keys(), SINGLE)
+
+    def _has(self, name: str) -> bool:
+        if self.is_local:
+            return (self.folder / name).is_file()
+        try:
+            self.file(name)
+        except ModelError:
+            return False
+        return True
+
+    def _open(self, file: str) -> Any:
+        path = self.file(file)
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: corrupt or unreadable safetensors ({error})") from None
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, file by file, each file open only while it is read. Raises ModelError."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self.files:
+                raise ModelError(f"{self.name_or_path}: the checkpoint has no tensor {name}")
+            by_file.setdefault(self.files[name], []).append(name)
+        for file, wanted in sorted(by_file.items()):
+            with self._open(file) as tensors:
+                for name in wanted:
+                    try:
+                        yield name, tensors.get_tensor(name)
+                    except SafetensorError as error:
+                        raise ModelError(f"{self.name_or_path}/{file}: tensor {name}: {error}") from None
+
+    def fingerprint(self) -> Fingerprint:
+        """Digests of the configuration, of the tensor table, and of the first bytes of each tensor."""
+        config = self.config.to_dict()
+        for cosmetic in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"):
+            config.pop(cosmetic, None)
+        table, weights = hashlib.sha256(), hashlib.sha256()
+        for file in sorted(set(self.files.values())):
+            with self._open(file) as tensors:
+                rows = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+                for name in sorted(rows):
+                    table.update(f"{name} {rows[name].get_dtype()} {rows[name].get_shape()}\n".encode())
+                    weights.update(_first_bytes(rows[name]))
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        return Fingerprint(digest.hexdigest(), table.hexdigest(), weights.hexdigest())
+
+
+def _first_bytes(tensor: Any) -> bytes:
+    shape = tensor.get_shape()
+    if not shape:
+        return b""
+    columns = 1
+    for size in shape[1:]:
+        columns *= size
+    rows = min(shape[0], max(1, SAMPLED_BYTES // max(1, 8 * columns)))
+    values: Tensor = tensor[:rows] if len(shape) == 1 or columns * 8 <= SAMPLED_BYTES else tensor[:1]
+    return values.contiguous().flatten().view(torch.uint8).numpy().tobytes()[:SAMPLED_BYTES]

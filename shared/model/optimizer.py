@@ -1,0 +1,74 @@
+"""The optimizer that each party runs over the part it holds: AdamW, schedule, clipping; and its state as tensors."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from shared.job import Training
+
+
+class PartOptimizer:
+    """AdamW with the job's schedule over `total_steps`, clipped by the norm of these parameters.
+
+    `parameters` by name; with none, a step does nothing. Schedules are those of transformers.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], training: Training, total_steps: int) -> None:
+        self.parameters = dict(parameters)
+        self.max_grad_norm = training.max_grad_norm
+        self.steps = 0
+        if not self.parameters:
+            return
+        self.adamw = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=training.learning_rate,
+            betas=(training.adam_beta1, training.adam_beta2),
+            eps=training.adam_epsilon,
+            weight_decay=training.weight_decay,
+        )
+        self.schedule = get_scheduler(
+            training.lr_scheduler_type,
+            self.adamw,
+            num_warmup_steps=round(training.warmup_ratio * total_steps),
+            num_training_steps=total_steps,
+        )
+
+    def step(self) -> None:
+        """Clip, update, advance the schedule, forget the gradients."""
+        self.steps += 1
+        if not self.parameters:
+            return
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
+        self.adamw.step()
+        self.schedule.step()
+        self.adamw.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """AdamW's moments and step counts, by `<field>/<parameter>`: plain tensors, no pickle."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            for field, value in self.adamw.state.get(parameter, {}).items():
+                state[f"{field}/{name}"] = value.detach().clone()
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Continue from `state()` after `steps` steps."""
+        self.steps = steps
+        if not self.parameters:
+            return
+        for name, parameter in self.parameters.items():
+            fields = {
+                f: state[f"{f}/{name}"].clone() for f in ("step", "exp_avg", "exp_avg_sq") if f"{f}/{name}" in state
+            }
+            if fields:
+                self.adamw.state[parameter] = fields
+        # The schedule is a function of the step count alone.
+        self.schedule.last_epoch = steps
+        for group, base, rule in zip(
+            self.adamw.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * rule(steps)
+        self.schedule._last_lr = [group["lr"] for group in self.adamw.param_groups]

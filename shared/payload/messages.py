@@ -1,0 +1,193 @@
+"""The messages inside the seal, each a typed schema with bounds; the first frame of every record is one of them.
+
+    client                                   server
+    ------                                   ------
+                                             Welcome    the job, the trunk's checkpoint, what the seal is not
+    Join       I am here, n rounds done
+                                             RoundStart round r begins, here are the averages
+    Forward    hidden states
+                                             Hidden     hidden states after the trunk
+    Backward   gradient of the loss
+                                             Gradient   gradient for the head; the step is done
+    Update     head and tail after the round
+                                             RoundStart (next round), or Finished
+    Leave
+                                             Refusal    in place of any answer
+
+Tensors follow as frames of their own, in the order of `tensors`.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from shared.errors import SchemaError
+from shared.payload.tensors import TensorInfo
+from shared.wire.envelope import MAX_BODY_FRAMES, Frame
+
+MAX_MESSAGE_BYTES = 4 * 2**20
+MAX_ROWS = 65_536
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+RequestId = Annotated[int, Field(ge=1, lt=2**53)]
+Lengths = Annotated[tuple[Annotated[int, Field(ge=1, le=1_048_576)], ...], Field(min_length=1, max_length=MAX_ROWS)]
+Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Purpose = Literal["train", "evaluate"]
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("lengths", "tensors", mode="before", check_fields=False)
+    @classmethod
+    def _msgpack_has_no_tuples(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class WithTensors(Message):
+    tensors: Annotated[tuple[TensorInfo, ...], Field(max_length=MAX_BODY_FRAMES - 1)] = ()
+
+    @field_validator("tensors", mode="before")
+    @classmethod
+    def _shapes_are_tuples(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(
+                {**item, "shape": tuple(item["shape"])}
+                if isinstance(item, dict) and isinstance(item.get("shape"), list)
+                else item
+                for item in value
+            )
+        return value
+
+
+class Welcome(Message):
+    """Server's first record: the job as canonical JSON and the fingerprint of the checkpoint it cut its trunk from."""
+
+    type: Literal["welcome"] = "welcome"
+    job: Annotated[str, Field(max_length=2**20)]
+    config: Hex
+    tensor_table: Hex
+    weights: Hex
+
+
+class Join(Message):
+    """The client is ready; `completed_rounds` are the rounds whose local steps it has done and can go back to."""
+
+    type: Literal["join"] = "join"
+    completed_rounds: tuple[Count, ...] = ()
+    rows: Count
+
+    @field_validator("completed_rounds", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class RoundStart(WithTensors):
+    """Round `round` (from 0) begins. Tensors: the averaged head and tail, none before the first average."""
+
+    type: Literal["round_start"] = "round_start"
+    round: Count
+    members: Count
+
+
+class Forward(WithTensors):
+    """Hidden states (T, d) of rows with `lengths` tokens, T their sum, `target_tokens` of which count in the loss."""
+
+    type: Literal["forward"] = "forward"
+    request: RequestId
+    purpose: Purpose
+    round: Count = 0
+    step: Count = 0
+    lengths: Lengths
+    target_tokens: Count
+    wants_gradient: bool = True
+
+
+class Hidden(WithTensors):
+    """The trunk's output (T, d) for Forward `request`."""
+
+    type: Literal["hidden"] = "hidden"
+    request: RequestId
+
+
+class Backward(WithTensors):
+    """d(mean loss over the client's target tokens) / d(hidden), (T, d), for Forward `request`."""
+
+    type: Literal["backward"] = "backward"
+    request: RequestId
+
+
+class Gradient(WithTensors):
+    """d(the client's mean loss) / d(head's output), (T, d), or no tensor if it was not wanted. The step is done."""
+
+    type: Literal["gradient"] = "gradient"
+    request: RequestId
+
+
+class Update(WithTensors):
+    """What the client trains in head and tail after the local steps of `round`, weighted `weight` in the average."""
+
+    type: Literal["update"] = "update"
+    round: Count
+    weight: Annotated[int, Field(ge=1, lt=2**53)]
+
+
+class Finished(WithTensors):
+    """The job is done. Tensors: the last averages."""
+
+    type: Literal["finished"] = "finished"
+    rounds: Count
+
+
+class Leave(Message):
+    type: Literal["leave"] = "leave"
+
+
+class Refusal(Message):
+    """An error, in place of an answer to `request` (if it was one). `code` is that of shared/errors.py or our own."""
+
+    type: Literal["refusal"] = "refusal"
+    request: RequestId | None = None
+    code: Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")]
+    message: Annotated[str, Field(max_length=500)]
+
+
+FromClient = Join | Forward | Backward | Update | Leave
+FromServer = Welcome | RoundStart | Hidden | Gradient | Finished | Refusal
+
+CLIENT_MESSAGES: TypeAdapter[FromClient] = TypeAdapter(Annotated[FromClient, Field(discriminator="type")])
+SERVER_MESSAGES: TypeAdapter[FromServer] = TypeAdapter(Annotated[FromServer, Field(discriminator="type")])
+
+
+def pack(message: Message, tensors: Sequence[Frame] = ()) -> list[Frame]:
+    """The plaintext frames of a record: the message, then its tensors' bytes."""
+    return [msgpack.packb(message.model_dump()), *tensors]
+
+
+def unpack_from_client(frames: Sequence[Frame]) -> tuple[FromClient, Sequence[Frame]]:
+    """A client's message and its tensor frames. Raises SchemaError; has no effect otherwise."""
+    return _unpack(CLIENT_MESSAGES, frames)
+
+
+def unpack_from_server(frames: Sequence[Frame]) -> tuple[FromServer, Sequence[Frame]]:
+    """A server's message and its tensor frames. Raises SchemaError; has no effect otherwise."""
+    return _unpack(SERVER_MESSAGES, frames)
+
+
+def _unpack(schema: TypeAdapter[Any], frames: Sequence[Frame]) -> tuple[Any, Sequence[Frame]]:
+    if not frames:
+        raise SchemaError("a record without frames")
+    if memoryview(frames[0]).nbytes > MAX_MESSAGE_BYTES:
+        raise SchemaError(f"a message has at most {MAX_MESSAGE_BYTES} bytes")
+    try:
+        message = schema.validate_python(msgpack.unpackb(frames[0], strict_map_key=True))
+    except (ValueError, ValidationError, msgpack.UnpackException) as error:
+        raise SchemaError(f"a message that breaks its schema ({type(error).__name__})") from None
+    tensors = frames[1:]
+    announced = len(getattr(message, "tensors", ()))
+    if announced != len(tensors):
+        raise SchemaError(f"{announced} tensors announced, {len(tensors)} frames came")
+    return message, tensors

@@ -1,0 +1,89 @@
+"""Training checkpoints: tensors and a few facts in one folder, written whole or not at all.
+
+A checkpoint `checkpoint-N` holds `state.safetensors` and `state.json` (facts, and the digest of the tensors' file). It
+is written beside its place, flushed to disk and renamed, so that a process killed at any moment leaves the old one or
+the new one. Reading checks the digest.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shared.errors import CheckpointError
+
+TENSORS = "state.safetensors"
+FACTS = "state.json"
+FORMAT = 1
+_NAME = re.compile(r"^checkpoint-(\d{1,12})$")
+
+
+def save(folder: Path, number: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write `checkpoint-<number>` under `folder`, replacing one of that number; then drop all but the last `keep`.
+
+    Raises CheckpointError if the disk refuses; what was there before is still there then.
+    """
+    target = folder / f"checkpoint-{number}"
+    draft = folder / f".draft-{number}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, draft / TENSORS)
+        digest = hashlib.sha256((draft / TENSORS).read_bytes()).hexdigest()
+        document = {"format": FORMAT, "number": number, "tensors_sha256": digest, "facts": dict(facts)}
+        (draft / FACTS).write_text(json.dumps(document, indent=1, sort_keys=True))
+        for name in (TENSORS, FACTS):
+            _flush(draft / name)
+        if target.exists():
+            shutil.rmtree(target)
+        draft.rename(target)
+        _flush(folder)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError(f"{target}: cannot write the checkpoint ({error.strerror or error})") from None
+    for number_ in numbers(folder)[:-keep]:
+        shutil.rmtree(folder / f"checkpoint-{number_}", ignore_errors=True)
+    return target
+
+
+def numbers(folder: Path) -> list[int]:
+    """The numbers of the checkpoints under `folder`, ascending."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(m[1]) for path in folder.iterdir() if (m := _NAME.match(path.name)))
+
+
+def load(folder: Path, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of `checkpoint-<number>`. Raises CheckpointError if it is absent, torn or altered."""
+    path = folder / f"checkpoint-{number}"
+    try:
+        document = json.loads((path / FACTS).read_text())
+        raw = (path / TENSORS).read_bytes()
+        if document["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {document['format']}, this version reads {FORMAT}")
+        if hashlib.sha256(raw).hexdigest() != document["tensors_sha256"]:
+            raise CheckpointError(
+                f"{path}: {TENSORS} is not what was written", hint=f"remove {path} to use an older one"
+            )
+        return load_file(path / TENSORS), dict(document["facts"])
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint ({type(error).__name__})") from None
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
