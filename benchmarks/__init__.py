@@ -1,0 +1,1 @@
+"""Side-by-side measurements: each prints a table for people and, with --json, one object for machines."""

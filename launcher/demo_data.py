@@ -40,7 +40,9 @@ def write_hospitals(directory: Path, seed: int, train_rows: int, validation_rows
         folder.mkdir(parents=True, exist_ok=True)
         files[name] = HospitalFiles(folder / "train.jsonl", folder / "validation.jsonl")
         write_rows(files[name].train, hospital_rows(hospital, Random(f"{seed}/{name}/train"), train_rows))
-        write_rows(files[name].validation, hospital_rows(hospital, Random(f"{seed}/{name}/validation"), validation_rows))
+        write_rows(
+            files[name].validation, hospital_rows(hospital, Random(f"{seed}/{name}/validation"), validation_rows)
+        )
     return files
 
 

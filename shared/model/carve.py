@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -93,13 +93,11 @@ def load_part(
     checkpoint: Checkpoint, plan: SplitPlan, name: PartName, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Part:
     """Build one part and read its tensors, and no others, in `dtype`. Raises ModelError."""
-    family = family_of(checkpoint.config)
-    module = _empty(checkpoint.config, plan, name, family)
-    part = Part(name, module, family, plan)
-    wanted = {_stored_name(checkpoint, part, local): local for local in _unfilled(part)}
+    part = empty_part(checkpoint.config, plan, name)
+    wanted = {_stored_name(checkpoint, part, local): local for local in _own_tensors(part)}
     for stored, tensor in checkpoint.read(wanted):
-        _fill(module, wanted[stored], tensor, dtype, device, checkpoint)
-    for owner in module.modules():
+        _fill(part.module, wanted[stored], tensor, dtype, device, checkpoint)
+    for owner in part.module.modules():
         for leaf, buffer in owner.named_buffers(recurse=False):
             setattr(owner, leaf, buffer.to(device))
     return part
@@ -112,17 +110,23 @@ def load_head_and_tail(
     head = load_part(checkpoint, plan, "head", dtype=dtype, device=device)
     tail = load_part(checkpoint, plan, "tail", dtype=dtype, device=device)
     if checkpoint.config.tie_word_embeddings:
-        tail.module.get_output_embeddings().weight = getattr(head.base, head.family.embedding).weight
+        tie(head, tail)
     return head, tail
 
 
-def _empty(config: Any, plan: SplitPlan, name: PartName, family: Family) -> Any:
-    """The part's modules, parameters on the meta device, buffers real."""
+def tie(head: Part, tail: Part) -> None:
+    """Let the tail's output layer use the head's embedding: one parameter."""
+    tail.module.get_output_embeddings().weight = getattr(head.base, head.family.embedding).weight
+
+
+def empty_part(config: Any, plan: SplitPlan, name: PartName) -> Part:
+    """The part without its weights: large parameters on the meta device, buffers real. Raises ModelError."""
+    family = family_of(config)
     blocks = plan.blocks(name)
     part_config = sliced_config(config, blocks.start, blocks.stop)
     # GPT-Neo knows no attention interface; its attention is replaced below.
     implementation = "eager" if family.model_type == "gpt_neo" else IMPLEMENTATION
-    with init_empty_weights(include_buffers=False):
+    with _NoWeights():
         module = AutoModelForCausalLM.from_config(part_config, attn_implementation=implementation)
     base = getattr(module, module.base_model_prefix)
     if name != "head":
@@ -137,7 +141,7 @@ def _empty(config: Any, plan: SplitPlan, name: PartName, family: Family) -> Any:
     if family.model_type == "gpt_neo":
         for block in base.h:
             _pack_gpt_neo_attention(block.attn.attention, config.window_size)
-    return module
+    return Part(name, module, family, plan)
 
 
 def _pack_gpt_neo_attention(attention: Any, window_size: int) -> None:
@@ -154,14 +158,23 @@ def _pack_gpt_neo_attention(attention: Any, window_size: int) -> None:
     attention._attn = attend
 
 
-def _unfilled(part: Part) -> list[str]:
-    """Local names of the tensors to read: parameters still on the meta device, tied output weights apart.
+class _NoWeights(TorchFunctionMode):
+    """While it is on, `torch.empty`, which makes all weights worth mentioning, allocates nothing.
 
-    The tail of a tied model takes its output weights from the head.
+    Buffers come from other functions and are made. In this thread alone: a patch of nn.Module would reach others.
     """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.empty:
+            return func(*args, **{**(kwargs or {}), "device": "meta"})
+        return func(*args, **(kwargs or {}))
+
+
+def _own_tensors(part: Part) -> list[str]:
+    """Local names of the tensors to read. The tail of a tied model takes its output weights from the head instead."""
     output = part.module.get_output_embeddings()
     tied = part.name == "tail" and part.config.tie_word_embeddings
-    return [name for name, p in part.module.named_parameters() if p.is_meta and not (tied and output.weight is p)]
+    return [name for name, parameter in part.module.named_parameters() if not (tied and output.weight is parameter)]
 
 
 def _stored_name(checkpoint: Checkpoint, part: Part, local: str) -> str:

@@ -7,6 +7,7 @@ so that every client starts from the same adapters, and a split model from the s
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from shared.errors import JobError
 from shared.job import Job, Lora
-from shared.model.carve import Part
+from shared.model.carve import Part, empty_part, tie
+from shared.model.plan import SplitPlan
 
 ADAPTER = "default"
 
@@ -52,7 +54,7 @@ def reseed_lora(parameters: Iterable[tuple[str, nn.Parameter]], seed: int) -> No
             digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             bound = 1 / math.sqrt(parameter.shape[1])
-            drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            drawn = torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=generator)
             with torch.no_grad():
                 parameter.copy_(drawn)
 
@@ -67,6 +69,17 @@ def trained(parts: Iterable[Part]) -> dict[str, nn.Parameter]:
                 seen.add(id(parameter))
                 found[name] = parameter
     return found
+
+
+def update_shapes(config: Any, plan: SplitPlan, job: Job) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a client trains in head and tail, from the configuration alone: no weights are made."""
+    head, tail = empty_part(config, plan, "head"), empty_part(config, plan, "tail")
+    if config.tie_word_embeddings:
+        tie(head, tail)
+    for part in (head, tail):
+        with torch.device("meta"):
+            make_trainable(part, job)
+    return {name: tuple(parameter.shape) for name, parameter in trained([head, tail]).items()}
 
 
 def load_trained(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:

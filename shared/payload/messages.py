@@ -3,7 +3,7 @@
     client                                   server
     ------                                   ------
                                              Welcome    the job, the trunk's checkpoint, what the seal is not
-    Join       I am here, n rounds done
+    Join       I am here, with n rows
                                              RoundStart round r begins, here are the averages
     Forward    hidden states
                                              Hidden     hidden states after the trunk
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from shared.errors import SchemaError
 from shared.payload.tensors import TensorInfo
@@ -40,26 +40,9 @@ Purpose = Literal["train", "evaluate"]
 class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    @field_validator("lengths", "tensors", mode="before", check_fields=False)
-    @classmethod
-    def _msgpack_has_no_tuples(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
 
 class WithTensors(Message):
     tensors: Annotated[tuple[TensorInfo, ...], Field(max_length=MAX_BODY_FRAMES - 1)] = ()
-
-    @field_validator("tensors", mode="before")
-    @classmethod
-    def _shapes_are_tuples(cls, value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return tuple(
-                {**item, "shape": tuple(item["shape"])}
-                if isinstance(item, dict) and isinstance(item.get("shape"), list)
-                else item
-                for item in value
-            )
-        return value
 
 
 class Welcome(Message):
@@ -73,22 +56,18 @@ class Welcome(Message):
 
 
 class Join(Message):
-    """The client is ready; `completed_rounds` are the rounds whose local steps it has done and can go back to."""
+    """The client is ready to train on `rows` rows."""
 
     type: Literal["join"] = "join"
-    completed_rounds: tuple[Count, ...] = ()
+    request: RequestId
     rows: Count
-
-    @field_validator("completed_rounds", mode="before")
-    @classmethod
-    def _tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
 
 
 class RoundStart(WithTensors):
-    """Round `round` (from 0) begins. Tensors: the averaged head and tail, none before the first average."""
+    """Answers Join or Update: round `round` (from 0) begins. Tensors: head and tail averages, if any."""
 
     type: Literal["round_start"] = "round_start"
+    request: RequestId
     round: Count
     members: Count
 
@@ -114,14 +93,18 @@ class Hidden(WithTensors):
 
 
 class Backward(WithTensors):
-    """d(mean loss over the client's target tokens) / d(hidden), (T, d), for Forward `request`."""
+    """d(mean loss over the client's target tokens) / d(hidden), (T, d), for the Forward numbered `forward`."""
 
     type: Literal["backward"] = "backward"
     request: RequestId
+    forward: RequestId
 
 
 class Gradient(WithTensors):
-    """d(the client's mean loss) / d(head's output), (T, d), or no tensor if it was not wanted. The step is done."""
+    """d(the client's mean loss) / d(head's output), (T, d), or no tensor if it was not wanted. The step is done.
+
+    Answers Backward `request`.
+    """
 
     type: Literal["gradient"] = "gradient"
     request: RequestId
@@ -131,14 +114,16 @@ class Update(WithTensors):
     """What the client trains in head and tail after the local steps of `round`, weighted `weight` in the average."""
 
     type: Literal["update"] = "update"
+    request: RequestId
     round: Count
     weight: Annotated[int, Field(ge=1, lt=2**53)]
 
 
 class Finished(WithTensors):
-    """The job is done. Tensors: the last averages."""
+    """Answers Join or Update: the job is done. Tensors: the last averages."""
 
     type: Literal["finished"] = "finished"
+    request: RequestId
     rounds: Count
 
 
@@ -183,7 +168,7 @@ def _unpack(schema: TypeAdapter[Any], frames: Sequence[Frame]) -> tuple[Any, Seq
     if memoryview(frames[0]).nbytes > MAX_MESSAGE_BYTES:
         raise SchemaError(f"a message has at most {MAX_MESSAGE_BYTES} bytes")
     try:
-        message = schema.validate_python(msgpack.unpackb(frames[0], strict_map_key=True))
+        message = schema.validate_python(msgpack.unpackb(frames[0], strict_map_key=True, use_list=False))
     except (ValueError, ValidationError, msgpack.UnpackException) as error:
         raise SchemaError(f"a message that breaks its schema ({type(error).__name__})") from None
     tensors = frames[1:]

@@ -48,7 +48,7 @@ def encode(name: str, tensor: Tensor, wire_format: WireFormat) -> tuple[TensorIn
         values = values / scale
     values = values.to("cpu", DTYPES[wire_format]).contiguous()
     info = TensorInfo(name=name, dtype=wire_format, shape=tuple(values.shape), scale=scale)
-    return info, memoryview(values.flatten().view(torch.uint8).numpy())
+    return info, values.flatten().view(torch.uint8).numpy().data
 
 
 def decode(

@@ -1,0 +1,212 @@
+"""Who is connected, which session belongs to whom, and what becomes of each message: the broker without its sockets.
+
+Rules
+- A worker greets with HELLO and is answered with WELCOME; who has not gets `unknown_peer` for anything else.
+- A server gives its identity. If it connects anew, the old connection and its sessions end.
+- OPEN pins a session to the client that sent it and the server that it names. ACCEPT comes from that server; DATA from
+  either end goes to the other, its frames untouched. A session's messages from anybody else are refused, the session
+  undisturbed (`not_yours`).
+- CLOSE from one end of a session ends it and goes to the other; CLOSE without a session ends the connection.
+- A worker silent for `timeout_s` is gone: the other ends of its sessions are told.
+- What breaks a rule is answered with CLOSE, counted, and changes nothing.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from broker.settings import BrokerSettings
+from shared import PROTOCOL_VERSION
+from shared.errors import EnvelopeError, FrameError
+from shared.wire.envelope import (
+    MAX_REASON_CHARS,
+    Accept,
+    Close,
+    Data,
+    Envelope,
+    Frame,
+    Hello,
+    Open,
+    Ping,
+    Pong,
+    Welcome,
+    pack,
+    parse,
+)
+
+Side = Literal["client", "server"]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A connection: which socket, and ROUTER's name for it."""
+
+    side: Side
+    id: bytes
+
+
+@dataclass(frozen=True)
+class Send:
+    to: Peer
+    envelope: Envelope
+
+
+@dataclass
+class Connected:
+    """What is known of a greeted peer."""
+
+    heard: float
+    identity: bytes | None = None
+    sessions: set[bytes] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Session:
+    client: Peer
+    server: Peer
+
+    def other(self, peer: Peer) -> Peer:
+        return self.server if peer == self.client else self.client
+
+
+class Router:
+    """The state machine: messages and time in, messages to send out."""
+
+    def __init__(self, settings: BrokerSettings) -> None:
+        self.settings = settings
+        self.peers: dict[Peer, Connected] = {}
+        self.servers: dict[bytes, Peer] = {}
+        self.sessions: dict[bytes, Session] = {}
+        self.counters: Counter[str] = Counter()
+
+    def handle(self, peer: Peer, frames: Sequence[Frame], now: float) -> list[Send]:
+        """What to send because of this message."""
+        try:
+            envelope = parse(frames)
+        except (FrameError, EnvelopeError) as error:
+            return [self._refuse(peer, None, error.code, error.message)]
+        header = envelope.header
+        if isinstance(header, Hello):
+            return self._hello(peer, header, now)
+        known = self.peers.get(peer)
+        if known is None:
+            return [self._refuse(peer, None, "unknown_peer", "say HELLO first")]
+        known.heard = now
+        if isinstance(header, Ping):
+            return [Send(peer, pack(Pong()))]
+        if isinstance(header, Open):
+            return self._open(peer, envelope, header)
+        if isinstance(header, Accept | Data):
+            return self._forward(peer, envelope, header)
+        if isinstance(header, Close):
+            return self._close(peer, envelope, header)
+        return [self._refuse(peer, None, "envelope", "a message that only a broker sends")]
+
+    def tick(self, now: float) -> list[Send]:
+        """End the connections of those who have been silent too long."""
+        silent = [p for p, known in self.peers.items() if now - known.heard > self.settings.timeout_s]
+        return [
+            send
+            for peer in silent
+            for send in [*self.lost(peer), self._refuse(peer, None, "timed_out", "silent for too long")]
+        ]
+
+    def lost(self, peer: Peer) -> list[Send]:
+        """A peer is gone: forget it and tell the other ends of its sessions."""
+        known = self.peers.pop(peer, None)
+        if known is None:
+            return []
+        self.counters["peers_gone"] += 1
+        if known.identity is not None and self.servers.get(known.identity) == peer:
+            del self.servers[known.identity]
+        code = f"{peer.side}_gone"
+        sends = []
+        for session_id in sorted(known.sessions):
+            other = self._end(session_id).other(peer)
+            sends.append(_closing(other, session_id, code, f"the {peer.side} is gone"))
+        return sends
+
+    def undeliverable(self, send: Send) -> list[Send]:
+        """A peer's queue is full: end the session concerned, and tell the one who sent. Nobody else waits."""
+        session_id = getattr(send.envelope.header, "session", None)
+        session = None if session_id is None else self.sessions.get(session_id)
+        if session is None or session_id is None:
+            return []
+        self.counters["refused_peer_too_slow"] += 1
+        self._end(session_id)
+        return [_closing(session.other(send.to), session_id, "peer_too_slow", "the other end does not keep up")]
+
+    def _hello(self, peer: Peer, hello: Hello, now: float) -> list[Send]:
+        if hello.version != PROTOCOL_VERSION:
+            text = f"this broker speaks protocol {PROTOCOL_VERSION}, the worker {hello.version}"
+            return [self._refuse(peer, None, "version", text)]
+        if hello.role != peer.side or (hello.role == "server") != (hello.identity is not None):
+            return [self._refuse(peer, None, "wrong_side", f"a {hello.role} on the {peer.side}s' address")]
+        if peer not in self.peers and len(self.peers) >= self.settings.max_peers:
+            return [self._refuse(peer, None, "too_many_peers", "no room for another connection")]
+        sends = self.lost(peer) if peer in self.peers else []
+        if hello.identity is not None:
+            before = self.servers.get(hello.identity)
+            sends += [] if before is None else self.lost(before)
+            self.servers[hello.identity] = peer
+        self.peers[peer] = Connected(now, hello.identity)
+        welcome = Welcome(
+            version=PROTOCOL_VERSION, heartbeat_s=self.settings.heartbeat_s, timeout_s=self.settings.timeout_s
+        )
+        return [*sends, Send(peer, pack(welcome))]
+
+    def _open(self, peer: Peer, envelope: Envelope, header: Open) -> list[Send]:
+        if peer.side != "client":
+            return [self._refuse(peer, header.session, "not_yours", "only clients open sessions")]
+        if header.session in self.sessions:
+            return [self._refuse(peer, header.session, "session_in_use", "a session of that id is open")]
+        server = self.servers.get(header.server)
+        if server is None:
+            return [self._refuse(peer, header.session, "no_such_server", "the server is not connected to this broker")]
+        mine = self.peers[peer].sessions
+        if len(mine) >= self.settings.max_sessions_per_client:
+            return [self._refuse(peer, header.session, "too_many_sessions", "this client has too many sessions open")]
+        self.sessions[header.session] = Session(peer, server)
+        mine.add(header.session)
+        self.peers[server].sessions.add(header.session)
+        return [self._pass_on(server, envelope)]
+
+    def _forward(self, peer: Peer, envelope: Envelope, header: Accept | Data) -> list[Send]:
+        session = self.sessions.get(header.session)
+        if session is None:
+            return [self._refuse(peer, header.session, "unknown_session", "there is no such session: open a new one")]
+        if peer not in (session.client, session.server) or (isinstance(header, Accept) and peer != session.server):
+            return [self._refuse(peer, header.session, "not_yours", "the session is not yours")]
+        return [self._pass_on(session.other(peer), envelope)]
+
+    def _close(self, peer: Peer, envelope: Envelope, header: Close) -> list[Send]:
+        if header.session is None:
+            return self.lost(peer)
+        session = self.sessions.get(header.session)
+        if session is None or peer not in (session.client, session.server):
+            self.counters["refused_not_yours"] += 1
+            return []
+        self._end(header.session)
+        return [Send(session.other(peer), envelope)]
+
+    def _pass_on(self, to: Peer, envelope: Envelope) -> Send:
+        direction = "up" if to.side == "server" else "down"
+        self.counters[f"messages_{direction}"] += 1
+        self.counters[f"bytes_{direction}"] += sum(memoryview(frame).nbytes for frame in envelope.body)
+        return Send(to, envelope)
+
+    def _end(self, session_id: bytes) -> Session:
+        session = self.sessions.pop(session_id)
+        for peer in (session.client, session.server):
+            if peer in self.peers:
+                self.peers[peer].sessions.discard(session_id)
+        return session
+
+    def _refuse(self, peer: Peer, session: bytes | None, code: str, message: str) -> Send:
+        self.counters[f"refused_{code}"] += 1
+        return _closing(peer, session, code, message)
+
+
+def _closing(to: Peer, session: bytes | None, code: str, message: str) -> Send:
+    return Send(to, pack(Close(session=session, code=code, message=message[:MAX_REASON_CHARS])))

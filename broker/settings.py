@@ -1,0 +1,31 @@
+"""The broker's settings."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class BrokerSettings(BaseModel):
+    """Addresses to bind (`tcp://*:5555`, `tcp://127.0.0.1:*`, `ipc://...`), times and limits."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    frontend: str = "tcp://127.0.0.1:5555"
+    """Where clients connect."""
+    backend: str = "tcp://127.0.0.1:5556"
+    """Where servers connect."""
+    heartbeat_s: Seconds = 2.0
+    """How often workers ping."""
+    timeout_s: Seconds = 15.0
+    """A worker silent for this long is gone."""
+    max_peers: Positive = 4096
+    """Connected workers, clients and servers together."""
+    max_sessions_per_client: Positive = 16
+    """Open sessions of one client connection."""
+    max_frame_bytes: Positive = 2**31
+    """Larger frames end the connection that sent them."""
+    high_water_mark: Positive = 1000
+    """Messages queued towards one worker before it counts as too slow."""

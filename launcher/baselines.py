@@ -1,0 +1,96 @@
+"""What the joint run is compared with: the same model trained whole, in one process, with plain transformers and peft.
+
+Each hospital alone, and one run on the pooled rows: every step takes the rows that the clients would take in it. Rows
+are padded, as people do; none of the splitting or packing code is used.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from shared.job import Job, Lora
+from shared.model.checkpoint import Checkpoint
+from shared.model.families import family_of
+from shared.model.optimizer import PartOptimizer
+from shared.model.trainable import add_lora, reseed_lora
+from worker_client.batches import Batch, batch_indices, pack_rows
+from worker_client.data import Row
+from worker_client.head_tail import NO_SCORE, Score, score_logits
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Loss by step, and the score on each client's validation rows."""
+
+    losses: list[float]
+    scores: dict[str, Score]
+
+
+def train_whole(
+    job: Job,
+    train: Mapping[str, Sequence[Row]],
+    validation: Mapping[str, Sequence[Row]],
+    *,
+    threads: int,
+    report: Callable[[int], None] | None = None,
+) -> Baseline:
+    """Train the whole model on all rows of `train` together; score it on each set of `validation`."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(job.training.seed)
+    model = load_whole(job)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = PartOptimizer(trainable, job.training, job.total_steps)
+    size, seed = job.training.per_device_train_batch_size, job.training.seed
+    losses: list[float] = []
+    model.train()
+    for step in range(job.total_steps):
+        rows = [r[i] for _, r in sorted(train.items()) for i in batch_indices(len(r), size, step, seed)]
+        batch = pack_rows(rows)
+        loss = F.cross_entropy(padded_logits(model, rows, batch).float(), batch.targets)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        losses.append(float(loss))
+        if report is not None:
+            report(step + 1)
+    model.eval()
+    return Baseline(losses, {name: score_whole(model, rows, size) for name, rows in validation.items()})
+
+
+def load_whole(job: Job) -> Any:
+    """The whole model, trainable as the job says, with the LoRA that the split model starts from."""
+    checkpoint = Checkpoint(job.model_name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(job.model_name_or_path, dtype=torch.float32)
+    model.requires_grad_(False)
+    if isinstance(job.method, Lora):
+        add_lora(model, job.method, family_of(checkpoint.config).lora_targets)
+        reseed_lora(model.named_parameters(), job.training.seed)
+    else:
+        model.requires_grad_(True)
+    return model
+
+
+def padded_logits(model: nn.Module, rows: Sequence[Row], batch: Batch) -> Tensor:
+    """Logits (P, vocabulary) at the batch's target positions, the rows right-padded and masked."""
+    lengths = torch.tensor(batch.lengths)
+    longest = int(lengths.max())
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask = torch.arange(longest) < lengths[:, None]
+    ids[mask] = batch.input_ids
+    hidden_at = torch.nonzero(mask.flatten()).flatten()[batch.at]
+    logits: Tensor = model(input_ids=ids, attention_mask=mask.long()).logits
+    return logits.flatten(0, 1)[hidden_at]
+
+
+@torch.no_grad()
+def score_whole(model: nn.Module, rows: Sequence[Row], size: int) -> Score:
+    score = NO_SCORE
+    for start in range(0, len(rows), size):
+        chosen = rows[start : start + size]
+        batch = pack_rows(chosen)
+        score += score_logits(padded_logits(model, chosen, batch).float(), batch)
+    return score

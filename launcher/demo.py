@@ -1,0 +1,368 @@
+"""The demo: data owners train one model together on this machine, beside each alone and beside one pooled run."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from launcher.baselines import Baseline, train_whole
+from launcher.cluster import Cluster, Role
+from launcher.demo_job import default_job, own_data, real_job
+from launcher.demo_view import DemoView
+from launcher.output import Format, emit
+from launcher.report import Curve, Process, Quality, Report, summary_table, write_report
+from shared.errors import DataError, DeadlineExceeded, JobError
+from shared.identity import Invitation, admit, create_identity, load_card, write_invitation
+from shared.job import Job, load_job
+from shared.model.checkpoint import Checkpoint
+from shared.model.plan import SplitPlan
+from worker_client.client import context_length, load_tokenizer
+from worker_client.data import Row, load_rows, split_validation
+from worker_client.head_tail import NO_SCORE, Score
+
+READY_S = 120.0
+# A run whose clients say nothing for this long has hung.
+SILENCE_S = 900.0
+VALIDATION_FRACTION = 0.1
+POOLED = "all together"
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the command line says."""
+
+    out: Path
+    model: str | None = None
+    data: Path | None = None
+    job: Path | None = None
+    steps: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Site:
+    """One data owner: name, rows to train on, rows to measure on (else a share of the former is held out)."""
+
+    name: str
+    train: Path
+    validation: Path | None
+
+
+def run_demo(settings: DemoSettings, format: Format) -> Report:
+    """Run it, print what was gained, write the report. Raises UsageError and what a role's process failed with."""
+    out = settings.out
+    console = Console(stderr=format is not Format.TXT)
+    if (out / "report.json").exists():
+        _clear(out)
+    out.mkdir(parents=True, exist_ok=True)
+    job, sites = _prepare(settings)
+    rows = _all_rows(job, sites)
+    console.print(f"{len(sites)} clients, {job.total_steps} steps in {job.rounds.count} rounds, one broker, one server")
+    joint = _train_together(job, sites, out, console, format)
+    baselines = _baselines(job, rows, console)
+    report = _report(job, joint, baselines)
+    write_report(report, out)
+    if format is Format.TXT:
+        console.print(summary_table(report))
+        console.print(
+            f"{report.tokens_per_s:,.0f} tokens/s; on the wire {report.wire_bytes['up'] / 1e6:,.1f} MB up, "
+            f"{report.wire_bytes['down'] / 1e6:,.1f} MB down; {report.seconds:.0f} s\n"
+            f"report: {out / 'report.html'} (and report.json)"
+        )
+    return report
+
+
+# Before: job, data, keys
+
+
+def _prepare(settings: DemoSettings) -> tuple[Job, list[Site]]:
+    """Job file and data owners. An unfinished run with the same settings continues; with others it is refused."""
+    out = settings.out
+    if settings.model is None:
+        if settings.data is not None:
+            raise JobError("--data needs --model: the demo's own model knows only its own words")
+        model, sites = out / "model", [Site(*site) for site in own_data(out, settings.seed)]
+        job = _with(settings, default_job(str(model), len(sites), settings.seed))
+    else:
+        if settings.data is None:
+            raise DataError("--model needs --data", hint="give a folder with one JSONL file a client")
+        sites = _sites(settings.data)
+        job = _with(settings, real_job(settings.model, len(sites), settings.seed))
+    plan = job.split
+    SplitPlan(plan.head_blocks, plan.tail_blocks, Checkpoint(job.model_name_or_path).config.num_hidden_layers)
+    path = out / "job.yaml"
+    if path.exists() and load_job(path) != job:
+        raise JobError(
+            f"{out} holds an unfinished run with other settings", hint=f"remove {out}, or give another --out"
+        )
+    path.write_text(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False))
+    return job, sites
+
+
+def _with(settings: DemoSettings, job: Job) -> Job:
+    """The job file's settings, if one is given, and --steps, over the demo's."""
+    if settings.job is not None:
+        loaded = load_job(settings.job)
+        job = loaded.model_copy(
+            update={
+                "model_name_or_path": job.model_name_or_path,
+                "cohort": loaded.cohort.model_copy(update={"clients": job.cohort.clients}),
+            }
+        )
+    if settings.steps is not None:
+        local = min(job.rounds.local_steps, settings.steps)
+        if settings.steps % local:
+            raise JobError(f"--steps {settings.steps} is not a multiple of the {local} steps of a round")
+        job = job.model_copy(
+            update={"rounds": job.rounds.model_copy(update={"count": settings.steps // local, "local_steps": local})}
+        )
+    return job
+
+
+def _sites(folder: Path) -> list[Site]:
+    files = sorted(path for path in folder.glob("*.jsonl") if not path.stem.endswith(".validation"))
+    if not files:
+        raise DataError(f"{folder}: no JSONL file", hint="give a folder with one JSONL file a client")
+    return [Site(path.stem, path, _if_there(path.with_suffix(".validation.jsonl"))) for path in files]
+
+
+def _if_there(path: Path) -> Path | None:
+    return path if path.exists() else None
+
+
+def _all_rows(job: Job, sites: list[Site]) -> dict[str, tuple[tuple[Row, ...], tuple[Row, ...]]]:
+    """Training and validation rows by site, as the clients will see them. Raises DataError."""
+    checkpoint = Checkpoint(job.model_name_or_path)
+    tokenizer = load_tokenizer(checkpoint)
+    limit = min(job.data.max_length, context_length(checkpoint.config))
+    rows: dict[str, tuple[tuple[Row, ...], tuple[Row, ...]]] = {}
+    for site in sites:
+        train = load_rows(site.train, tokenizer, max_length=limit, too_long=job.data.too_long).rows
+        if site.validation is None:
+            rows[site.name] = split_validation(train, VALIDATION_FRACTION, job.training.seed)
+        else:
+            held_out = load_rows(site.validation, tokenizer, max_length=limit, too_long=job.data.too_long).rows
+            rows[site.name] = (train, held_out)
+    return rows
+
+
+def _make_keys(out: Path, job: Job, sites: list[Site]) -> None:
+    keys = out / "keys"
+    for name in ("server", *(site.name for site in sites)):
+        if not (keys / f"{name}.card").exists():
+            create_identity(keys, name)
+    for site in sites:
+        if not (out / "clients" / f"{site.name}.card").exists():
+            admit(keys / f"{site.name}.card", out / "clients")
+
+
+def _invite(out: Path, job: Job, site: Site, broker: str) -> Path:
+    card = load_card(out / "keys" / "server.card")
+    path = out / "keys" / f"{site.name}.invite"
+    path.unlink(missing_ok=True)
+    write_invitation(
+        path,
+        Invitation(
+            client=site.name,
+            brokers=[broker],
+            server=card.name,
+            server_public_key=card.public_key,
+            job=job.digest().hex(),
+            expires_at=datetime.now(UTC) + timedelta(days=1),
+        ),
+    )
+    return path
+
+
+# The joint run
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What the processes reported: events by client, body bytes, seconds of training, processes with exit codes."""
+
+    events: dict[str, list[dict[str, Any]]]
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    processes: list[Process]
+
+
+def _train_together(job: Job, sites: list[Site], out: Path, console: Console, format: Format) -> Joint:
+    _make_keys(out, job, sites)
+    began = time.monotonic()
+    with (
+        Cluster(out / "logs", {"OMP_NUM_THREADS": "1"}) as cluster,
+        DemoView(job, [s.name for s in sites], console) as view,
+    ):
+        broker = cluster.start(
+            "broker", "broker", ["broker", "--clients-address", "tcp://127.0.0.1:*", "--servers-address", "tcp://127.0.0.1:*"]
+        )  # fmt: skip
+        ready = cluster.wait_for(broker, "ready", READY_S)
+        cluster.start("server", "server", _server_arguments(out, ready["servers"]))
+        clients = [_start_client(cluster, out, job, site, ready["clients"]) for site in sites]
+        heard = time.monotonic()
+        while any(role.exit_code is None for role in clients):
+            for role, event in cluster.events(0.2):
+                heard = time.monotonic()
+                view.show(role.name, event)
+                emit(format, {"client": role.name, **event})
+            cluster.check()
+            if time.monotonic() - heard > SILENCE_S:
+                raise DeadlineExceeded(f"no progress for {SILENCE_S:g} s", hint=f"see {out / 'logs'}")
+        seconds = time.monotonic() - began
+        for role, event in cluster.events(0.5):
+            view.show(role.name, event)
+        cluster.check()
+    results = [_result(role) for role in clients]
+    return Joint(
+        {role.name: role.events for role in clients},
+        sum(result["bytes_up"] for result in results),
+        sum(result["bytes_down"] for result in results),
+        seconds,
+        [Process(role=r.role, name=r.name, pid=r.process.pid, exit_code=r.exit_code) for r in cluster.roles],
+    )
+
+
+def _server_arguments(out: Path, broker: str) -> list[str]:
+    return [
+        "server", "--job", str(out / "job.yaml"), "--key", str(out / "keys" / "server.key"),
+        "--clients", str(out / "clients"), "--broker", broker, "--state", str(out / "server-state"), "--threads", "1",
+    ]  # fmt: skip
+
+
+def _start_client(cluster: Cluster, out: Path, job: Job, site: Site, broker: str) -> Role:
+    arguments = [
+        "client", "train", "--invite", str(_invite(out, job, site, broker)),
+        "--key", str(out / "keys" / f"{site.name}.key"), "--data", str(site.train),
+        "--out", str(out / "results" / site.name), "--threads", "1",
+        "--validation-fraction", str(VALIDATION_FRACTION), "--connect-timeout", str(READY_S),
+    ]  # fmt: skip
+    if site.validation is not None:
+        arguments += ["--validation", str(site.validation)]
+    return cluster.start("client", site.name, arguments)
+
+
+def _result(role: Role) -> dict[str, Any]:
+    for event in reversed(role.events):
+        if event.get("status") == "ok":
+            data: dict[str, Any] = event["data"]
+            return data
+    raise DeadlineExceeded(f"{role.name} ended without a result", hint=f"see {role.log}")
+
+
+# The comparison
+
+
+def _baselines(
+    job: Job, rows: Mapping[str, tuple[tuple[Row, ...], tuple[Row, ...]]], console: Console
+) -> dict[str, Baseline]:
+    """Each client alone, and all rows pooled, trained whole in processes of their own."""
+    train = {name: mine for name, (mine, _) in rows.items()}
+    validation = {name: held_out for name, (_, held_out) in rows.items()}
+    runs = {POOLED: train} | {name: {name: mine} for name, mine in train.items()}
+    workers = max(1, min(len(runs), os.cpu_count() or 1))
+    results: dict[str, Baseline] = {}
+    with (
+        console.status("for comparison: each alone, and one run on the pooled rows"),
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+    ):
+        futures = {pool.submit(train_whole, job, mine, validation, threads=1): name for name, mine in runs.items()}
+        for future in as_completed(futures):
+            results[futures[future]] = future.result()
+            console.print(f"  compared: {futures[future]}")
+    return {name: results[name] for name in runs}
+
+
+def _report(job: Job, joint: Joint, baselines: Mapping[str, Baseline]) -> Report:
+    names = sorted(joint.events)
+    final = {name: _last_score(events) for name, events in joint.events.items()}
+    higher = job.method.type == "full"
+    metric = "accuracy" if higher else "loss"
+
+    def measure(score: Score) -> float:
+        return score.accuracy if higher else score.loss
+
+    def overall(scores: Mapping[str, Score]) -> float:
+        return measure(sum(scores.values(), start=NO_SCORE))
+
+    pooled = baselines[POOLED].scores
+    quality = Quality(
+        metric=metric,
+        higher_is_better=higher,
+        joint=overall(final),
+        centralised=overall(pooled),
+        alone={name: overall(baselines[name].scores) for name in names},
+    )
+    steps = [event for events in joint.events.values() for event in events if event.get("event") == "step"]
+    return Report(
+        title="Three hospitals, one model" if job.name == "hospitals" else job.name,
+        metric=metric,
+        quality=quality,
+        by_client={
+            name: {
+                "joint": measure(final[name]),
+                "alone": measure(baselines[name].scores[name]),
+                "centralised": measure(pooled[name]),
+            }
+            for name in names
+        },
+        curves=_curves(joint, baselines, metric),
+        tokens_per_s=_tokens_per_s(joint),
+        wire_bytes={"up": joint.bytes_up, "down": joint.bytes_down},
+        rounds=job.rounds.count,
+        steps=len({event["step"] for event in steps}),
+        seconds=joint.seconds,
+        processes=joint.processes,
+        job=json.loads(job.canonical()),
+        versions={
+            name: importlib.metadata.version(name) for name in ("flglm", "torch", "transformers", "peft", "pyzmq")
+        },
+    )
+
+
+def _tokens_per_s(joint: Joint) -> float:
+    """All clients' tokens over the time of their steps; in lockstep their clocks run together."""
+    rate = 0.0
+    for events in joint.events.values():
+        steps = [event for event in events if event.get("event") == "step"]
+        rate += sum(event["tokens"] for event in steps) / max(1e-9, sum(event["seconds"] for event in steps))
+    return rate
+
+
+def _last_score(events: list[dict[str, Any]]) -> Score:
+    last = [event for event in events if event.get("event") == "evaluation"][-1]
+    return Score(last["loss"] * last["tokens"], last["tokens"], last["rows"], last["right_rows"])
+
+
+def _curves(joint: Joint, baselines: Mapping[str, Baseline], metric: str) -> list[Curve]:
+    curves = []
+    for name, events in sorted(joint.events.items()):
+        steps = {event["step"] + 1: event["loss"] for event in events if event.get("event") == "step"}
+        curves.append(Curve(name=f"{name}, together", kind="loss", points=sorted(steps.items())))
+    for name, baseline in baselines.items():
+        label = name if name == POOLED else f"{name}, alone"
+        curves.append(Curve(name=label, kind="loss", points=list(enumerate(baseline.losses, start=1))))
+    for name, events in sorted(joint.events.items()):
+        rounds = {event["round"]: event[metric] for event in events if event.get("event") == "evaluation"}
+        curves.append(Curve(name=name, kind="validation", points=sorted(rounds.items())))
+    return curves
+
+
+def _clear(out: Path) -> None:
+    """Remove what a finished demo made in `out`, and nothing else."""
+    for name in ("model", "data", "keys", "clients", "server-state", "results", "logs"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("job.yaml", "report.json", "report.html"):
+        (out / name).unlink(missing_ok=True)

@@ -1,0 +1,140 @@
+"""The same roles as threads of one process, on inproc addresses: real broker, sealing and models, no processes.
+
+For benchmarks and tests that run many small jobs.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zmq
+from torch import Tensor
+
+from broker.service import Broker
+from broker.settings import BrokerSettings
+from shared import state_files
+from shared.errors import DeadlineExceeded
+from shared.identity import Identity, generate_identity
+from shared.job import Job
+from shared.model.checkpoint import Checkpoint
+from worker_client.data import Row
+from worker_client.head_tail import HeadTail, load_client_parts
+from worker_client.link import Link
+from worker_client.remote_trunk import RemoteTrunk
+from worker_client.training import Training
+from worker_server.server import Server
+from worker_server.settings import ServerSettings
+
+CLIENTS = "inproc://clients"
+SERVERS = "inproc://servers"
+READY_S = 60.0
+JOIN_S = 600.0
+
+
+@dataclass(frozen=True)
+class Site:
+    """A client's rows."""
+
+    train: Sequence[Row]
+    validation: Sequence[Row] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One client's events and its head and tail after the job."""
+
+    events: list[dict[str, Any]]
+    parts: HeadTail
+
+
+class Background:
+    """A thread whose error is raised by `join()`."""
+
+    def __init__(self, name: str, target: Any) -> None:
+        self.error: BaseException | None = None
+        self.target = target
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.thread.start()
+
+    def join(self) -> None:
+        self.thread.join(JOIN_S)
+        if self.error is not None:
+            raise self.error
+        if self.thread.is_alive():
+            raise DeadlineExceeded(f"{self.thread.name} did not end within {JOIN_S:g} s")
+
+    def _run(self) -> None:
+        try:
+            self.target()
+        except BaseException as error:  # noqa: BLE001 - raised by join()
+            self.error = error
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A running broker and server, and the clients that they admit."""
+
+    context: "zmq.Context[zmq.Socket[bytes]]"
+    job: Job
+    server: Identity
+    clients: dict[str, Identity]
+    service: Background
+    running: Server
+
+    def link(self, name: str) -> Link:
+        """A link for the admitted client `name`, not yet entered."""
+        return Link(CLIENTS, self.clients[name].private, self.server.public, self.job.digest(), context=self.context)
+
+
+@contextmanager
+def serving(job: Job, folder: Path, names: Sequence[str]) -> Iterator[Serving]:
+    """Broker and server for `job`, checkpoints under `folder`. An error of theirs is raised at the end."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    identities = {name: generate_identity(name) for name in names}
+    admitted = {identity.public: name for name, identity in identities.items()}
+    with Broker(BrokerSettings(frontend=CLIENTS, backend=SERVERS), context) as broker:
+        routing = Background("broker", broker.run)
+        identity = generate_identity("server")
+        settings = ServerSettings(broker=SERVERS, state=folder / "server-state")
+        server = Server(settings, job, identity, admitted.get, context)
+        service = Background("server", server.run)
+        try:
+            yield Serving(context, job, identity, identities, service, server)
+        finally:
+            server.stop()
+            try:
+                service.join()
+            finally:
+                broker.stop()
+                routing.join()
+    context.term()
+
+
+def train_in_process(job: Job, sites: Mapping[str, Site], folder: Path) -> dict[str, Outcome]:
+    """Run the job to its end with these clients. Raises what any of them raised."""
+    outcomes: dict[str, Outcome] = {}
+
+    def run(running: Serving, name: str, site: Site) -> None:
+        events: list[dict[str, Any]] = []
+        parts = load_client_parts(Checkpoint(job.model_name_or_path), job)
+        with running.link(name) as link:
+            trunk = RemoteTrunk(link, job, JOIN_S)
+            Training(job, parts, trunk, site.train, site.validation, folder / name, events.append).run()
+        outcomes[name] = Outcome(events, parts)
+
+    with serving(job, folder, sorted(sites)) as running:
+        threads = [Background(name, lambda n=name, s=site: run(running, n, s)) for name, site in sites.items()]
+        for thread in threads:
+            thread.join()
+        running.service.join()
+    return outcomes
+
+
+def trunk_tensors(folder: Path) -> dict[str, Tensor]:
+    """What the server of a run under `folder` trained, by name in the whole model, from its last checkpoint."""
+    state = folder / "server-state"
+    tensors, _ = state_files.load(state, state_files.numbers(state)[-1])
+    return {name.removeprefix("trunk/"): value for name, value in tensors.items() if name.startswith("trunk/")}

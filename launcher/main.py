@@ -1,0 +1,61 @@
+"""The entry point of `flglm`: commands, and what becomes of their errors.
+
+Exit codes: 0 ok, 1 refused, 2 connection or authentication, 3 timeout, 4 bad arguments or files, 5 internal,
+130 interrupted.
+"""
+
+import sys
+
+import click
+import typer
+
+from launcher import demo_command, people, roles
+from launcher.output import fail
+from shared.errors import FlglmError, UsageError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="flglm",
+    help="Split federated training of large language models: the data stays at home.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+client = typer.Typer(help="A data owner's side.", no_args_is_help=True)
+keys = typer.Typer(help="Identities: private keys and the cards that go with them.", no_args_is_help=True)
+
+app.command("demo")(demo_command.demo)
+app.add_typer(keys, name="keys")
+keys.command("new")(people.new_keys)
+keys.command("show")(people.show_card)
+app.command("invite")(people.invite)
+app.command("admit")(people.admit_card)
+app.command("revoke")(people.revoke_client)
+app.command("broker")(roles.broker)
+app.command("server")(roles.server)
+app.add_typer(client, name="client")
+client.command("train")(roles.client_train)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and exit with its code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    machine = any(word in ("json", "jsonl", "--format=json", "--format=jsonl") for word in words)
+    try:
+        sys.exit(app(args=words, standalone_mode=False) or 0)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        fail(UsageError(error.format_message(), hint="'flglm --help' lists commands and options"), machine=machine)
+        sys.exit(UsageError.exit_code)
+    except FlglmError as error:
+        fail(error, machine=machine)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("flglm: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

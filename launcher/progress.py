@@ -1,0 +1,70 @@
+"""A client's progress for the person who watches it."""
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class ClientProgress:
+    """A bar with loss, tokens/s and the share of time spent waiting for the server; notes for rounds and rows."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not enabled,
+        )
+        self.task = self.progress.add_task("waiting", total=None, note="")
+
+    def __enter__(self) -> "ClientProgress":
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def show(self, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "data":
+                self.progress.console.print(_data_line(event))
+                self.progress.update(self.task, total=event["total_steps"])
+            case "resumed":
+                self.progress.console.print(f"resumed after {event['round']} rounds")
+            case "round":
+                self.progress.update(self.task, description=f"round {event['round'] + 1}")
+            case "evaluation":
+                self.progress.console.print(
+                    f"after {event['round']} rounds: held-out loss {event['loss']:.4f}, "
+                    f"accuracy {event['accuracy']:.1%} of {event['rows']} rows"
+                )
+            case "step":
+                self.progress.update(self.task, completed=event["step"] + 1, note=_step_note(event))
+            case "rounds_missed":
+                self.progress.console.print(f"the others are at round {event['round']}; joining there")
+
+
+def _data_line(event: dict[str, Any]) -> str:
+    notes = [f"{event['rows']} rows to train on, {event['validation_rows']} held out"]
+    notes += [f"{event[key]} {words}" for key, words in _LEFT_OUT.items() if event[key]]
+    return "; ".join(notes)
+
+
+_LEFT_OUT = {
+    "truncated": "cut to the longest length",
+    "skipped_long": "left out as too long",
+    "without_target": "left out: no token that counts",
+}
+
+
+def _step_note(event: dict[str, Any]) -> str:
+    seconds = max(event["seconds"], 1e-9)
+    rate, waiting = event["tokens"] / seconds, event["waited_s"] / seconds
+    return f"loss {event['loss']:.4f}  {rate:,.0f} tokens/s  waiting {waiting:.0%}"

@@ -1,0 +1,124 @@
+"""The commands that run a role in the foreground: broker, server, client. SIGTERM and Ctrl-C end them in good order."""
+
+import signal
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from launcher.output import Format, FormatOption, emit, succeed
+from shared.identity import Admitted, load_identity, load_invitation
+from shared.job import load_job
+from shared.logs import configure
+
+KeyOption = Annotated[Path, typer.Option("--key", help="this role's .key file")]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="threads for arithmetic")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="a log line a step")]
+
+
+def broker(
+    clients_address: Annotated[
+        str, typer.Option("--clients-address", help="where clients connect")
+    ] = "tcp://127.0.0.1:5555",
+    servers_address: Annotated[
+        str, typer.Option("--servers-address", help="where servers connect")
+    ] = "tcp://127.0.0.1:5556",
+    verbose: VerboseOption = False,
+    format: FormatOption = Format.TXT,
+) -> None:
+    """Route sealed messages between clients and servers. It can open none of them."""
+    from broker.service import Broker
+    from broker.settings import BrokerSettings
+
+    configure("broker", verbose=verbose)
+    running = Broker(BrokerSettings(frontend=clients_address, backend=servers_address))
+    _on_signals(running.stop)
+    with running:
+        emit(format, {"event": "ready", "clients": running.frontend, "servers": running.backend})
+        running.run()
+    succeed(format, "broker stopped", {"stopped": True})
+
+
+def server(
+    job: Annotated[Path, typer.Option("--job", help="the job file")],
+    key: KeyOption,
+    clients: Annotated[Path, typer.Option("--clients", help="folder with the cards of admitted clients")] = Path(
+        "clients"
+    ),
+    broker: Annotated[str, typer.Option("--broker", help="the broker's address for servers")] = "tcp://127.0.0.1:5556",
+    state: Annotated[Path, typer.Option("--state", help="folder for checkpoints; found there, the job resumes")] = Path(
+        "server-state"
+    ),
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: ThreadsOption = None,
+    verbose: VerboseOption = False,
+    format: FormatOption = Format.TXT,
+) -> None:
+    """Hold the trunk and serve one job to its end."""
+    configure("server", verbose=verbose)
+    loaded, identity = load_job(job), load_identity(key)
+    from worker_server.server import Server
+    from worker_server.settings import ServerSettings
+
+    settings = ServerSettings(broker=broker, state=state, device=device, threads=threads)
+    running = Server(settings, loaded, identity, Admitted(clients).lookup)
+    _on_signals(running.stop)
+    running.run()
+    succeed(format, "server stopped", {"rounds": running.completed_rounds, "finished": running.finished})
+
+
+def client_train(
+    invite: Annotated[Path, typer.Option("--invite", help="the invitation that the operator sent")],
+    key: KeyOption,
+    data: Annotated[Path, typer.Option("--data", help="private rows, JSONL")],
+    out: Annotated[Path, typer.Option("--out", help="folder for the result and for checkpoints; found there, resumes")],
+    validation: Annotated[Path | None, typer.Option("--validation", help="rows to measure on, JSONL")] = None,
+    validation_fraction: Annotated[
+        float, typer.Option("--validation-fraction", min=0, max=0.9, help="held out of --data, without --validation")
+    ] = 0.1,
+    model: Annotated[str | None, typer.Option("--model", help="this site's copy of the job's model")] = None,
+    connect_timeout: Annotated[
+        float, typer.Option("--connect-timeout", min=0.1, help="seconds to wait for broker and server")
+    ] = 30.0,
+    threads: ThreadsOption = None,
+    verbose: VerboseOption = False,
+    format: FormatOption = Format.TXT,
+) -> None:
+    """Train with the others on rows that stay here."""
+    configure("client", verbose=verbose)
+    identity, invitation = load_identity(key), load_invitation(invite, datetime.now(UTC))
+    from launcher.progress import ClientProgress
+    from worker_client.client import ClientSettings, run_client
+
+    settings = ClientSettings(
+        data=data,
+        out=out,
+        validation=validation,
+        validation_fraction=validation_fraction,
+        model=model,
+        threads=threads,
+        connect_timeout_s=connect_timeout,
+    )
+    _on_signals(_interrupt)
+    with ClientProgress(enabled=format is Format.TXT) as progress:
+
+        def report(event: dict[str, Any]) -> None:
+            emit(format, event)
+            progress.show(event)
+
+        result = run_client(settings, invitation, identity, report)
+    score = None if result.score is None else {"loss": result.score.loss, "accuracy": result.score.accuracy}
+    summary = {"score": score, "bytes_up": result.bytes_up, "bytes_down": result.bytes_down, "out": str(out)}
+    measured = "" if result.score is None else f"  loss {result.score.loss:.4f}, accuracy {result.score.accuracy:.1%}"
+    succeed(format, f"trained: {out}{measured}", summary)
+
+
+def _on_signals(stop: Callable[[], None]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop())
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,67 @@
+"""Which rows a step takes, and rows as one packed batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from worker_client.data import Row
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows end to end: input_ids (T,) int64; at (P,) int64, positions that predict a token that counts; targets (P,)
+    int64, those tokens; row (P,) int64, which row each belongs to."""
+
+    input_ids: Tensor
+    lengths: tuple[int, ...]
+    at: Tensor
+    targets: Tensor
+    row: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def target_tokens(self) -> int:
+        return len(self.targets)
+
+
+def pack_rows(rows: Sequence[Row]) -> Batch:
+    ids: list[int] = []
+    at: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
+    for index, row in enumerate(rows):
+        for position in range(len(row.input_ids) - 1):
+            if row.counts[position + 1]:
+                at.append(len(ids) + position)
+                targets.append(row.input_ids[position + 1])
+                owner.append(index)
+        ids.extend(row.input_ids)
+    return Batch(
+        torch.tensor(ids),
+        tuple(len(row.input_ids) for row in rows),
+        torch.tensor(at, dtype=torch.int64),
+        torch.tensor(targets, dtype=torch.int64),
+        torch.tensor(owner, dtype=torch.int64),
+    )
+
+
+def batch_indices(rows: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The rows of global step `step` (from 0): epochs are permutations drawn from `seed`, laid end to end.
+
+    A function of its arguments alone, so the data position of a resumed run is its step.
+    """
+    wanted = range(step * batch_size, (step + 1) * batch_size)
+    orders: dict[int, list[int]] = {}
+    indices: list[int] = []
+    for place in wanted:
+        epoch, offset = divmod(place, rows)
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(rows, generator=generator).tolist()
+        indices.append(orders[epoch][offset])
+    return indices

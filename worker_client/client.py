@@ -1,0 +1,157 @@
+"""A data owner's run from an invitation to a trained head and tail on disk."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import zmq
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from shared.errors import HandshakeError, ModelError, Refused
+from shared.identity import Identity, Invitation
+from shared.job import Job, parse_job
+from shared.model.checkpoint import Checkpoint, Fingerprint
+from shared.payload.messages import Welcome
+from worker_client.data import LoadedRows, Row, load_rows, split_validation
+from worker_client.head_tail import HeadTail, Score, load_client_parts
+from worker_client.link import Link
+from worker_client.remote_trunk import RemoteTrunk
+from worker_client.training import Report, Training
+
+# A cohort waits for its slowest member until the job's deadline; the answer itself takes a little longer.
+GRACE_S = 60.0
+WAIT_FOR_ROUND_S = 3600.0
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """What the data owner says; everything else comes with the job.
+
+    `model`: this site's copy of the model, if it is not where the job says. `validation_fraction` of the rows are held
+    out unless `validation` names a file of its own.
+    """
+
+    data: Path
+    out: Path
+    validation: Path | None = None
+    validation_fraction: float = 0.1
+    model: str | None = None
+    threads: int | None = None
+    connect_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """The joint model's score on this client's validation rows; body bytes sent and received."""
+
+    score: Score | None
+    bytes_up: int
+    bytes_down: int
+
+
+def run_client(
+    settings: ClientSettings,
+    invitation: Invitation,
+    identity: Identity,
+    report: Report,
+    context: "zmq.Context[zmq.Socket[bytes]] | None" = None,
+) -> Result:
+    """Connect, check the job, load data and parts, train to the end, write the result to `settings.out`.
+
+    Raises UsageError (data, model, checkpoint), Refused, ConnectionFailed, HandshakeError, DeadlineExceeded, PeerError.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    link = Link(
+        invitation.brokers[0],
+        identity.private,
+        invitation.server_public,
+        invitation.job_digest,
+        connect_timeout_s=settings.connect_timeout_s,
+        context=context,
+    )
+    with link:
+        welcome = link.welcome.result().message
+        job = agreed_job(welcome, invitation)
+        checkpoint = Checkpoint(settings.model or job.model_name_or_path)
+        check_same_model(checkpoint, welcome)
+        rows, validation, loaded = _rows(settings, job, checkpoint)
+        report(
+            {
+                "event": "data",
+                "rows": len(rows),
+                "validation_rows": len(validation),
+                "truncated": loaded.truncated,
+                "skipped_long": loaded.skipped_long,
+                "without_target": loaded.without_target,
+                "total_steps": job.total_steps,
+            }
+        )
+        parts = load_client_parts(checkpoint, job)
+        trunk = RemoteTrunk(link, job, max(job.cohort.deadline_s, WAIT_FOR_ROUND_S) + GRACE_S)
+        score = Training(job, parts, trunk, rows, validation, settings.out, report).run()
+        _write_result(settings.out, job, parts)
+    return Result(score, link.connection.bytes_sent, link.connection.bytes_received)
+
+
+def agreed_job(welcome: Welcome, invitation: Invitation) -> Job:
+    """The server's job, if it is the one that the invitation names. Raises HandshakeError."""
+    job = parse_job(json.loads(welcome.job), "the server's job")
+    if job.digest() != invitation.job_digest:
+        raise HandshakeError("the server sent another job than the invitation names")
+    return job
+
+
+def check_same_model(checkpoint: Checkpoint, welcome: Welcome) -> None:
+    """Raises Refused if the client's checkpoint is not the one that the server's trunk was cut from."""
+    theirs = Fingerprint(welcome.config, welcome.tensor_table, welcome.weights)
+    difference = checkpoint.fingerprint().difference(theirs)
+    if difference:
+        raise Refused(
+            f"the model at {checkpoint.name_or_path} is not the server's: {difference}",
+            reason="model_differs",
+            hint="name this site's copy of the server's model with --model",
+        )
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer. Raises ModelError."""
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.name_or_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ModelError(f"{checkpoint.name_or_path}: no tokenizer ({reason})") from None
+
+
+def _rows(
+    settings: ClientSettings, job: Job, checkpoint: Checkpoint
+) -> tuple[tuple[Row, ...], tuple[Row, ...], LoadedRows]:
+    tokenizer = load_tokenizer(checkpoint)
+    limit = min(job.data.max_length, context_length(checkpoint.config))
+
+    def load(path: Path) -> LoadedRows:
+        return load_rows(path, tokenizer, max_length=limit, too_long=job.data.too_long)
+
+    loaded = load(settings.data)
+    if settings.validation is not None:
+        return loaded.rows, load(settings.validation).rows, loaded
+    if settings.validation_fraction == 0:
+        return loaded.rows, (), loaded
+    train, held_out = split_validation(loaded.rows, settings.validation_fraction, job.training.seed)
+    return train, held_out, loaded
+
+
+def context_length(config: Any) -> int:
+    """The most tokens that a row may have for this model."""
+    return int(getattr(config, "max_position_embeddings", 0) or 2**20)
+
+
+def _write_result(out: Path, job: Job, parts: HeadTail) -> None:
+    """`trained.safetensors`: what was trained in head and tail, by name in the whole model; `flglm.json`: the job."""
+    tensors = {name: parameter.detach().contiguous() for name, parameter in parts.parameters.items()}
+    save_file(tensors, out / "trained.safetensors")
+    document = {"job": job.model_dump(mode="json"), "job_digest": job.digest().hex()}
+    (out / "flglm.json").write_text(json.dumps(document, indent=2) + "\n")

@@ -1,0 +1,92 @@
+"""The client's two parts around the trunk: hidden states out of the head, loss and scores out of the tail."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.job import Job
+from shared.model.carve import Part, load_head_and_tail
+from shared.model.checkpoint import Checkpoint
+from shared.model.plan import SplitPlan
+from shared.model.trainable import make_trainable, trained
+from worker_client.batches import Batch
+
+
+@dataclass(frozen=True)
+class Score:
+    """Over the target tokens of some rows: summed loss, tokens, rows, and rows whose every target is the argmax."""
+
+    loss_sum: float
+    tokens: int
+    rows: int
+    right_rows: int
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score(
+            self.loss_sum + other.loss_sum,
+            self.tokens + other.tokens,
+            self.rows + other.rows,
+            self.right_rows + other.right_rows,
+        )
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per target token, in nats."""
+        return self.loss_sum / max(1, self.tokens)
+
+    @property
+    def accuracy(self) -> float:
+        return self.right_rows / max(1, self.rows)
+
+
+NO_SCORE = Score(0.0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class HeadTail:
+    """Head and tail with their trained parameters by global name."""
+
+    head: Part
+    tail: Part
+    parameters: dict[str, nn.Parameter]
+
+    @property
+    def head_is_trained(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.head.module.parameters())
+
+    def train_mode(self, on: bool) -> None:
+        self.head.module.train(on)
+        self.tail.module.train(on)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The head's output, (T, d)."""
+        return self.head.embed(batch.input_ids, batch.lengths)
+
+    def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Mean cross-entropy over the batch's target tokens, from the trunk's output (T, d)."""
+        logits = self.tail.logits(hidden, batch.lengths, batch.at)
+        return F.cross_entropy(logits.float(), batch.targets)
+
+    @torch.no_grad()
+    def score(self, hidden: Tensor, batch: Batch) -> Score:
+        logits = self.tail.logits(hidden, batch.lengths, batch.at).float()
+        return score_logits(logits, batch)
+
+
+def score_logits(logits: Tensor, batch: Batch) -> Score:
+    """logits (P, vocabulary) at the batch's target positions."""
+    loss = F.cross_entropy(logits, batch.targets, reduction="sum")
+    wrong = torch.zeros(len(batch.lengths), dtype=torch.int64)
+    wrong.index_add_(0, batch.row, (logits.argmax(-1) != batch.targets).long())
+    return Score(float(loss), batch.target_tokens, len(batch.lengths), int((wrong == 0).sum()))
+
+
+def load_client_parts(checkpoint: Checkpoint, job: Job) -> HeadTail:
+    """Head and tail from the checkpoint, made trainable as the job says. Raises ModelError, JobError."""
+    plan = SplitPlan(job.split.head_blocks, job.split.tail_blocks, checkpoint.config.num_hidden_layers)
+    head, tail = load_head_and_tail(checkpoint, plan)
+    make_trainable(head, job)
+    make_trainable(tail, job)
+    return HeadTail(head, tail, trained([head, tail]))

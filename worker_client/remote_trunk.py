@@ -1,0 +1,103 @@
+"""The trunk as the client sees it: hidden states go in and come out, gradients go back. Tensors here, bytes below."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from shared.errors import SchemaError
+from shared.job import Job
+from shared.payload.messages import Backward, Finished, Forward, Gradient, Hidden, Join, RoundStart, Update
+from shared.payload.tensors import decode, encode
+from worker_client.batches import Batch
+from worker_client.link import Answer, Link
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Between rounds: the round to train next, or None when the job is finished, and the averages of head and tail."""
+
+    round: int | None
+    members: int
+    averages: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class RemoteTrunk:
+    """Calls wait for their answers, `timeout_s` at most (a cohort waits for its slowest member)."""
+
+    link: Link
+    job: Job
+    timeout_s: float
+
+    def join(self, rows: int) -> Boundary:
+        """Waits until the next round begins."""
+        return self._boundary(Join(request=self.link.next_request(), rows=rows), [])
+
+    def update(self, round: int, weight: int, values: Mapping[str, Tensor]) -> Boundary:
+        """Hand in what was trained in `round`, for the average."""
+        encoded = [encode(name, value, "float32") for name, value in values.items()]
+        message = Update(
+            request=self.link.next_request(),
+            round=round,
+            weight=max(1, weight),
+            tensors=tuple(info for info, _ in encoded),
+        )
+        return self._boundary(message, [frame for _, frame in encoded])
+
+    def forward(
+        self, hidden: Tensor, batch: Batch, *, round: int, step: int, wants_gradient: bool
+    ) -> tuple[int, Tensor]:
+        """A training step's hidden states (T, d): the request's number, and the trunk's output (T, d), float32."""
+        return self._forward(hidden, batch, purpose="train", round=round, step=step, wants_gradient=wants_gradient)
+
+    def evaluate(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The trunk's output (T, d), without effect on anything."""
+        return self._forward(hidden, batch, purpose="evaluate", wants_gradient=False)[1]
+
+    def backward(self, forward: int, gradient: Tensor) -> Tensor | None:
+        """The gradient at the head's output (T, d) for one at the tail's input, or None if none was wanted."""
+        info, frame = encode("gradient", gradient, self.job.wire.gradient)
+        message = Backward(request=self.link.next_request(), forward=forward, tensors=(info,))
+        answer = self._call(message, [frame])
+        reply = _expect(answer, Gradient)
+        if not reply.tensors:
+            return None
+        return decode(reply.tensors[0], answer.frames[0], shape=gradient.shape, dtype=self.job.wire.gradient)
+
+    def _forward(self, hidden: Tensor, batch: Batch, **settings: Any) -> tuple[int, Tensor]:
+        info, frame = encode("hidden", hidden, self.job.wire.hidden)
+        message = Forward(
+            request=self.link.next_request(),
+            lengths=batch.lengths,
+            target_tokens=batch.target_tokens,
+            tensors=(info,),
+            **settings,
+        )
+        answer = self._call(message, [frame])
+        reply = _expect(answer, Hidden)
+        if len(reply.tensors) != 1:
+            raise SchemaError("the server answered without hidden states")
+        output = decode(reply.tensors[0], answer.frames[0], shape=hidden.shape, dtype=self.job.wire.hidden)
+        return message.request, output
+
+    def _boundary(self, message: Join | Update, frames: list[memoryview]) -> Boundary:
+        answer = self._call(message, frames)
+        reply = _expect(answer, RoundStart, Finished)
+        averages = {
+            info.name: decode(info, frame, dtype="float32")
+            for info, frame in zip(reply.tensors, answer.frames, strict=True)
+        }
+        if isinstance(reply, Finished):
+            return Boundary(None, 0, averages)
+        return Boundary(reply.round, reply.members, averages)
+
+    def _call(self, message: Any, frames: list[memoryview]) -> Answer:
+        return self.link.call(message, frames, timeout_s=self.timeout_s)
+
+
+def _expect(answer: Answer, *kinds: type) -> Any:
+    if not isinstance(answer.message, kinds):
+        raise SchemaError(f"the server answered with a {answer.message.type} message")
+    return answer.message

@@ -1,0 +1,184 @@
+"""The client's training loop: rounds of local steps with the remote trunk, averages between them, state on disk."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared import state_files
+from shared.errors import CheckpointError, TensorError
+from shared.job import Job
+from shared.model.optimizer import PartOptimizer
+from shared.model.trainable import load_trained
+from worker_client.batches import batch_indices, pack_rows
+from worker_client.data import Row
+from worker_client.head_tail import NO_SCORE, HeadTail, Score
+from worker_client.remote_trunk import Boundary, RemoteTrunk
+
+# Two to go back to: a server killed while it averaged begins its last round anew.
+KEPT_CHECKPOINTS = 2
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Training:
+    """One client's run. `report` gets an event a step, an evaluation and a round: plain data, never text or tokens."""
+
+    job: Job
+    parts: HeadTail
+    trunk: RemoteTrunk
+    rows: Sequence[Row]
+    validation: Sequence[Row]
+    out: Path
+    report: Report
+    optimizer: PartOptimizer = field(init=False)
+    completed: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.optimizer = PartOptimizer(self.parts.parameters, self.job.training, self.job.total_steps)
+
+    def run(self) -> Score | None:
+        """Train until the job is finished; the joint model's score on the validation rows, if there are any."""
+        self._resume()
+        boundary = self.trunk.join(len(self.rows))
+        score: Score | None = None
+        while boundary.round is not None:
+            self._align(boundary.round)
+            self._apply(boundary)
+            self.report({"event": "round", "round": boundary.round, "members": boundary.members})
+            if boundary.round % self.job.rounds.evaluate_every == 0:
+                score = self._evaluate(boundary.round)
+            weight = sum(self._step(boundary.round, step) for step in range(self.job.rounds.local_steps))
+            self.completed = boundary.round + 1
+            self._save()
+            if self.job.rounds.weighting == "rows":
+                weight = len(self.rows)
+            boundary = self.trunk.update(boundary.round, weight, self._trained())
+        self._apply(boundary)
+        score = self._evaluate(self.job.rounds.count)
+        self.report({"event": "finished", "rounds": self.job.rounds.count})
+        return score
+
+    def _step(self, round: int, step: int) -> int:
+        """One local step; the number of target tokens it trained on."""
+        began = time.monotonic()
+        number = round * self.job.rounds.local_steps + step
+        training = self.job.training
+        chosen = batch_indices(len(self.rows), training.per_device_train_batch_size, number, training.seed)
+        batch = pack_rows([self.rows[index] for index in chosen])
+        self.parts.train_mode(True)
+        hidden = self.parts.hidden(batch)
+        wants_gradient = self.parts.head_is_trained
+        asked = time.monotonic()
+        request, output = self.trunk.forward(hidden, batch, round=round, step=step, wants_gradient=wants_gradient)
+        waited = time.monotonic() - asked
+        output.requires_grad_()
+        loss = self.parts.loss(output, batch)
+        torch.autograd.backward(loss)
+        assert output.grad is not None
+        asked = time.monotonic()
+        gradient = self.trunk.backward(request, output.grad)
+        waited += time.monotonic() - asked
+        if wants_gradient:
+            if gradient is None:
+                raise TensorError("the server returned no gradient for the head")
+            torch.autograd.backward(hidden, gradient)
+        self.optimizer.step()
+        self.report(
+            {
+                "event": "step",
+                "step": number,
+                "round": round,
+                "loss": float(loss),
+                "tokens": batch.tokens,
+                "seconds": time.monotonic() - began,
+                "waited_s": waited,
+            }
+        )
+        return batch.target_tokens
+
+    def _evaluate(self, round: int) -> Score | None:
+        """The joint model on the validation rows, in batches of the training size."""
+        if not self.validation:
+            return None
+        began = time.monotonic()
+        self.parts.train_mode(False)
+        size = self.job.training.per_device_train_batch_size
+        score = NO_SCORE
+        for start in range(0, len(self.validation), size):
+            batch = pack_rows(self.validation[start : start + size])
+            with torch.no_grad():
+                hidden = self.parts.hidden(batch)
+            score += self.parts.score(self.trunk.evaluate(hidden, batch), batch)
+        self.report(
+            {
+                "event": "evaluation",
+                "round": round,
+                "loss": score.loss,
+                "accuracy": score.accuracy,
+                "tokens": score.tokens,
+                "rows": score.rows,
+                "right_rows": score.right_rows,
+                "seconds": time.monotonic() - began,
+            }
+        )
+        return score
+
+    # State
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.parts.parameters.items()}
+
+    def _apply(self, boundary: Boundary) -> None:
+        """Take over the averages. Raises TensorError if they are not those of this head and tail."""
+        if not boundary.averages:
+            return
+        expected: Mapping[str, Tensor] = self.parts.parameters
+        if {n: t.shape for n, t in boundary.averages.items()} != {n: p.shape for n, p in expected.items()}:
+            raise TensorError("the server's averages do not fit this client's head and tail")
+        load_trained(self.parts.parameters, boundary.averages)
+
+    def _resume(self) -> None:
+        """Continue from the newest checkpoint in `out`, or begin with `checkpoint-0`. Raises CheckpointError."""
+        available = state_files.numbers(self.out)
+        if available:
+            self._load(available[-1])
+        else:
+            self._save()
+
+    def _align(self, round: int) -> None:
+        """Be where the server is: at the state after `round` rounds of local steps."""
+        if round == self.completed:
+            return
+        if round in state_files.numbers(self.out):
+            self._load(round)
+            return
+        # The averages still come from the server; this client's optimizer continues from where it was.
+        self.report({"event": "rounds_missed", "completed": self.completed, "round": round})
+        self.completed = round
+
+    def _load(self, number: int) -> None:
+        tensors, facts = state_files.load(self.out, number)
+        if facts.get("job") != self.job.digest().hex():
+            raise CheckpointError(f"{self.out}: holds checkpoints of another job", hint="give --out another folder")
+        load_trained(self.parts.parameters, _under("trained/", tensors))
+        self.optimizer.load_state(_under("optimizer/", tensors), int(facts["steps"]))
+        torch.set_rng_state(tensors["random/torch"])
+        self.completed = number
+        self.report({"event": "resumed", "round": number})
+
+    def _save(self) -> None:
+        tensors = {f"trained/{name}": value for name, value in self._trained().items()}
+        tensors |= {f"optimizer/{name}": value for name, value in self.optimizer.state().items()}
+        tensors["random/torch"] = torch.get_rng_state()
+        facts = {"job": self.job.digest().hex(), "steps": self.optimizer.steps}
+        state_files.save(self.out, self.completed, tensors, facts, keep=KEPT_CHECKPOINTS)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

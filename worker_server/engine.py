@@ -1,0 +1,94 @@
+"""The compute thread: the one owner of the trunk. Work in, outcomes out, in order.
+
+It knows no sockets and no sessions. An error in it is kept and raised to whoever collects the outcomes.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import assert_never
+
+from torch import Tensor
+
+from worker_server.aggregation import weighted_mean
+from worker_server.lockstep import Aggregate, Restore, RunBackward, RunEvaluation, RunForward, Ticket, Work
+from worker_server.progress import Progress
+
+QUEUE_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The outcome of `work`: a tensor for each ticket, where there is one to send."""
+
+    work: Work
+    answers: tuple[tuple[Ticket, Tensor | None], ...] = ()
+
+
+class Engine:
+    """`run()` works until `stop()`; `wake` is called after each outcome, from the compute thread."""
+
+    def __init__(self, progress: Progress, wake: Callable[[], None]) -> None:
+        self.progress = progress
+        self.wake = wake
+        self.works: queue.Queue[Work | None] = queue.Queue(QUEUE_LENGTH)
+        self.outcomes: queue.SimpleQueue[Computed | Exception] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._run, name="compute", daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def submit(self, work: Work) -> None:
+        """Lockstep keeps at most a training step and an evaluation under way, so the queue never fills."""
+        self.works.put_nowait(work)
+
+    def collect(self) -> list[Computed]:
+        """All outcomes so far. Raises what the compute thread raised."""
+        collected: list[Computed] = []
+        while not self.outcomes.empty():
+            outcome = self.outcomes.get_nowait()
+            if isinstance(outcome, Exception):
+                raise outcome
+            collected.append(outcome)
+        return collected
+
+    def stop(self, timeout_s: float) -> None:
+        """Finish the work at hand and end the thread."""
+        self.works.put(None, timeout=timeout_s)
+        self.thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            while (work := self.works.get()) is not None:
+                self.outcomes.put(self._do(work))
+                self.wake()
+        except Exception as error:  # noqa: BLE001 - carried to the owner by collect(), which raises it
+            self.outcomes.put(error)
+            self.wake()
+
+    def _do(self, work: Work) -> Computed:
+        trunk = self.progress.trunk
+        match work:
+            case RunForward(tickets):
+                return _answered(work, tickets, trunk.forward([ticket.payload for ticket in tickets]))
+            case RunEvaluation(tickets):
+                return _answered(work, tickets, trunk.evaluate([ticket.payload for ticket in tickets]))
+            case RunBackward(forwards, gradients):
+                present = [gradients.get(forward.session) for forward in forwards]
+                results = trunk.backward([None if ticket is None else ticket.payload for ticket in present])
+                pairs = zip(present, results, strict=True)
+                return Computed(work, tuple((ticket, result) for ticket, result in pairs if ticket is not None))
+            case Aggregate(_, updates):
+                mean = weighted_mean([(ticket.weight, ticket.payload) for ticket in updates])
+                self.progress.complete_round(mean)
+                return Computed(work)
+            case Restore(round_):
+                self.progress.restore(round_)
+                return Computed(work)
+            case _:
+                assert_never(work)
+
+
+def _answered(work: Work, tickets: tuple[Ticket, ...], outputs: list[Tensor]) -> Computed:
+    return Computed(work, tuple(zip(tickets, outputs, strict=True)))

@@ -1,0 +1,71 @@
+"""From a client's message to a checked ticket: every size, dtype and budget is looked at before anything queues."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from shared.errors import Refused, TensorError
+from shared.job import Job
+from shared.payload.messages import Backward, Forward, Join, Update
+from shared.payload.tensors import TensorInfo, decode
+from shared.wire.envelope import Frame
+from worker_server.lockstep import Ticket
+from worker_server.sessions import Session
+from worker_server.trunk import Rows
+
+
+@dataclass(frozen=True)
+class Intake:
+    """`width` is the model's hidden size d; `update_shapes` what every Update must hold, by name."""
+
+    job: Job
+    width: int
+    max_length: int
+    update_shapes: Mapping[str, tuple[int, ...]]
+
+    def join(self, session: Session, message: Join) -> Ticket:
+        return Ticket(session.id, session.client, message.request, None)
+
+    def forward(self, session: Session, message: Forward, frames: Sequence[Frame]) -> Ticket:
+        """Raises TensorError or Refused."""
+        tokens = sum(message.lengths)
+        if tokens > self.job.cohort.max_batch_tokens:
+            raise Refused(
+                f"{tokens} tokens at once; cohort.max_batch_tokens is {self.job.cohort.max_batch_tokens}",
+                reason="too_many_tokens",
+            )
+        if max(message.lengths) > self.max_length:
+            raise Refused(
+                f"a row of {max(message.lengths)} tokens; the longest is {self.max_length}", reason="too_long"
+            )
+        if message.target_tokens > tokens:
+            raise Refused(f"{message.target_tokens} target tokens among {tokens}", reason="target_tokens")
+        info = _only(message.tensors)
+        hidden = decode(info, frames[0], shape=(tokens, self.width), dtype=self.job.wire.hidden)
+        rows = Rows(hidden, message.lengths, message.target_tokens, message.wants_gradient)
+        return Ticket(session.id, session.client, message.request, rows, tokens, message.target_tokens)
+
+    def backward(self, session: Session, message: Backward, frames: Sequence[Frame]) -> Ticket:
+        """Raises TensorError. Lockstep checks that the rows are those of the Forward."""
+        info = _only(message.tensors)
+        gradient = decode(info, frames[0], shape=(None, self.width), dtype=self.job.wire.gradient)
+        return Ticket(
+            session.id, session.client, message.request, gradient, tokens=len(gradient), forward=message.forward
+        )
+
+    def update(self, session: Session, message: Update, frames: Sequence[Frame]) -> Ticket:
+        """Raises TensorError unless exactly the expected tensors came, in float32."""
+        names = [info.name for info in message.tensors]
+        if len(set(names)) != len(names) or set(names) != set(self.update_shapes):
+            odd = sorted(set(names) ^ set(self.update_shapes))
+            raise TensorError(f"the update's tensors are not those of the job, for example {odd[:1]}")
+        values = {
+            info.name: decode(info, frame, shape=self.update_shapes[info.name], dtype="float32")
+            for info, frame in zip(message.tensors, frames, strict=True)
+        }
+        return Ticket(session.id, session.client, message.request, values, weight=message.weight)
+
+
+def _only(tensors: Sequence[TensorInfo]) -> TensorInfo:
+    if len(tensors) != 1:
+        raise TensorError(f"one tensor belongs here, {len(tensors)} came")
+    return tensors[0]

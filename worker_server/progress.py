@@ -1,0 +1,80 @@
+"""What the server keeps between rounds, on disk at each boundary: the trunk's state, averaged heads and tails."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from shared import state_files
+from shared.errors import CheckpointError
+from shared.job import Job
+from shared.logs import event
+from shared.model.checkpoint import Fingerprint
+from worker_server.trunk import Trunk
+
+KEPT_CHECKPOINTS = 2
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """`round` completed rounds; `averages` of head and tail by global name (empty before the first)."""
+
+    folder: Path
+    job: Job
+    fingerprint: Fingerprint
+    trunk: Trunk
+    round: int = 0
+    averages: dict[str, Tensor] | None = None
+
+    def begin(self) -> None:
+        """Continue from the newest readable checkpoint, or begin with `checkpoint-0`.
+
+        Raises CheckpointError if there are checkpoints of another job or model, or none that is readable.
+        """
+        available = state_files.numbers(self.folder)
+        for number in reversed(available):
+            try:
+                self.restore(number)
+            except CheckpointError as error:
+                if number == available[0]:
+                    raise
+                event(logger, "checkpoint_unreadable", level=logging.WARNING, number=number, reason=error.message)
+                continue
+            event(logger, "resumed", folder=str(self.folder), round=self.round)
+            return
+        self.save()
+
+    def restore(self, number: int) -> None:
+        """Go back to `checkpoint-<number>`. Raises CheckpointError."""
+        tensors, facts = state_files.load(self.folder, number)
+        if facts["job"] != self.job.digest().hex():
+            raise CheckpointError(
+                f"{self.folder}: belongs to another job",
+                hint="use another --state folder, or the job file it began with",
+            )
+        if facts["model"] != vars(self.fingerprint):
+            raise CheckpointError(f"{self.folder}: belongs to another model", hint="use another --state folder")
+        averages = {name.removeprefix("average/"): t for name, t in tensors.items() if name.startswith("average/")}
+        self.trunk.load_state(tensors, int(facts["steps"]))
+        self.averages = averages
+        self.round = number
+
+    def complete_round(self, averages: dict[str, Tensor]) -> None:
+        """One more round is done, with these averages; on disk before anyone is told."""
+        self.averages = averages
+        self.round += 1
+        self.save()
+
+    def save(self) -> None:
+        """Write `checkpoint-<round>`. Raises CheckpointError if the disk refuses."""
+        tensors = self.trunk.state() | {f"average/{name}": t for name, t in (self.averages or {}).items()}
+        facts = {
+            "job": self.job.digest().hex(),
+            "model": vars(self.fingerprint),
+            "steps": self.trunk.optimizer.steps,
+        }
+        path = state_files.save(self.folder, self.round, tensors, facts, keep=KEPT_CHECKPOINTS)
+        event(logger, "checkpoint_written", path=str(path), round=self.round)

@@ -1,0 +1,103 @@
+"""Putting a server together from its settings, a job, an identity and a list of admitted clients."""
+
+import threading
+from collections.abc import Callable
+
+import torch
+import zmq
+
+from shared.identity import Identity, key_digest
+from shared.job import Job
+from shared.model.carve import load_part
+from shared.model.checkpoint import Checkpoint
+from shared.model.plan import SplitPlan
+from shared.model.trainable import make_trainable, update_shapes
+from shared.payload.messages import Welcome
+from shared.wire.connection import BrokerConnection
+from shared.wire.waker import Waker
+from worker_server.engine import Engine
+from worker_server.intake import Intake
+from worker_server.lockstep import Lockstep
+from worker_server.progress import Progress
+from worker_server.service import Service
+from worker_server.sessions import Sessions
+from worker_server.settings import ServerSettings
+from worker_server.trunk import Trunk
+
+
+class Server:
+    """`run()` loads the trunk, connects and serves one job to its end. A context may be given for inproc addresses."""
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        job: Job,
+        identity: Identity,
+        admitted: Callable[[bytes], str | None],
+        context: "zmq.Context[zmq.Socket[bytes]] | None" = None,
+    ) -> None:
+        self.settings = settings
+        self.job = job
+        self.identity = identity
+        self.admitted = admitted
+        self.context = context or zmq.Context.instance()
+        self._service: Service | None = None
+        self._stop = threading.Event()
+
+    @property
+    def completed_rounds(self) -> int:
+        return 0 if self._service is None else self._service.lockstep.round
+
+    @property
+    def finished(self) -> bool:
+        return self.completed_rounds >= self.job.rounds.count
+
+    def stop(self) -> None:
+        """From any thread or a signal handler."""
+        self._stop.set()
+        if self._service is not None:
+            self._service.stop()
+
+    def run(self) -> None:
+        """Raises JobError, ModelError, CheckpointError, ConnectionFailed."""
+        if self.settings.threads is not None:
+            torch.set_num_threads(self.settings.threads)
+        checkpoint = Checkpoint(self.job.model_name_or_path)
+        plan = SplitPlan(self.job.split.head_blocks, self.job.split.tail_blocks, checkpoint.config.num_hidden_layers)
+        part = load_part(checkpoint, plan, "trunk", device=self.settings.device)
+        make_trainable(part, self.job)
+        fingerprint = checkpoint.fingerprint()
+        progress = Progress(self.settings.state, self.job, fingerprint, Trunk(part, self.job, self.settings.device))
+        progress.begin()
+        waker = Waker()
+        name = key_digest(self.identity.public)
+        with BrokerConnection(self.context, self.settings.broker, "server", name) as connection:
+            self._service = Service(
+                self.settings,
+                Sessions(self.identity.private, self.admitted, self.job.digest(), self.settings.max_sessions),
+                Intake(
+                    job=self.job,
+                    width=checkpoint.config.hidden_size,
+                    max_length=self.job.data.max_length,
+                    update_shapes=update_shapes(checkpoint.config, plan, self.job),
+                ),
+                Lockstep(
+                    clients=self.job.cohort.clients,
+                    rounds=self.job.rounds.count,
+                    local_steps=self.job.rounds.local_steps,
+                    deadline_s=self.job.cohort.deadline_s,
+                    round=progress.round,
+                ),
+                Engine(progress, waker.wake),
+                connection,
+                waker,
+                Welcome(
+                    job=self.job.canonical().decode(),
+                    config=fingerprint.config,
+                    tensor_table=fingerprint.tensors,
+                    weights=fingerprint.weights,
+                ),
+            )
+            if not self._stop.is_set():
+                self._service.run()
+        waker.close()

@@ -1,0 +1,23 @@
+"""Where the server finds things and how much it takes on; what is trained is the job's affair."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ServerSettings(BaseModel):
+    """Fields: the broker's server address, the folder for checkpoints, limits."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    broker: str = "tcp://127.0.0.1:5556"
+    state: Path = Path("server-state")
+    device: str = "cpu"
+    threads: Annotated[int, Field(ge=1)] | None = None
+    connect_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    max_sessions: Annotated[int, Field(ge=1)] = 1024
+    # A session whose client has not sent a record after this long was, perhaps, a replayed greeting.
+    silent_session_s: Annotated[float, Field(gt=0)] = 30.0
+    # How long the server stays after the last round for clients to fetch the result and evaluate it.
+    farewell_s: Annotated[float, Field(ge=0)] = 120.0

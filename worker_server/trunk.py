@@ -1,0 +1,144 @@
+"""The trunk's arithmetic: packed forwards, one backward a cohort, the optimizer step, its state.
+
+Every client sends the gradient of the mean loss over its own n_i target tokens. The trunk's loss is the mean over all
+N target tokens of the cohort, so client i's gradient enters the backward times n_i / N; on the way out its rows are
+divided by the same number, and the head gets the gradient of the client's own mean. One client alone: n_i / N = 1, and
+nothing is rounded.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared.job import Job
+from shared.model.carve import Part
+from shared.model.optimizer import PartOptimizer
+from shared.model.trainable import load_trained, trained
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One client's rows in a cohort: hidden (T, d) float32, row lengths, target tokens, whether it wants a gradient."""
+
+    hidden: Tensor
+    lengths: tuple[int, ...]
+    target_tokens: int
+    wants_gradient: bool
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A forward that waits for its gradients: the trunk's input and output leaves, (T, d) each."""
+
+    rows: tuple[Rows, ...]
+    hidden: Tensor
+    output: Tensor
+
+
+class Trunk:
+    """Owned by one thread. `device` is where the part lies."""
+
+    def __init__(self, part: Part, job: Job, device: str = "cpu") -> None:
+        self.part = part
+        self.device = device
+        self.max_batch_tokens = job.cohort.max_batch_tokens
+        self.parameters = trained([part])
+        self.optimizer = PartOptimizer(self.parameters, job.training, job.total_steps)
+        self.graphs: list[Graph] = []
+
+    def forward(self, cohort: Sequence[Rows]) -> list[Tensor]:
+        """Each client's rows through the trunk, (T_i, d) each; keeps the graph for `backward`."""
+        self.part.module.train()
+        self.graphs = []
+        outputs: list[Tensor] = []
+        for rows in self._chunks(cohort):
+            hidden = self._pack(rows).requires_grad_(any(r.wants_gradient for r in rows))
+            output = self.part.forward(hidden, _lengths(rows))
+            self.graphs.append(Graph(tuple(rows), hidden, output))
+            outputs.extend(_unpack(output.detach(), rows))
+        return outputs
+
+    def backward(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """One backward of the kept graph and one optimizer step.
+
+        `gradients`: one (T_i, d) per client of the forward's cohort, None for one that is absent, which then counts
+        for nothing. Returns each client's gradient at the trunk's input, or None where it was not wanted.
+        """
+        present = [g is not None for g in gradients]
+        cohort = [rows for graph in self.graphs for rows in graph.rows]
+        total = sum(rows.target_tokens for rows, here in zip(cohort, present, strict=True) if here)
+        remaining = iter(gradients)
+        results: list[Tensor | None] = []
+        for graph in self.graphs:
+            mine = [next(remaining) for _ in graph.rows]
+            shares = [rows.target_tokens / total if total else 0.0 for rows in graph.rows]
+            if graph.output.requires_grad:
+                scaled = [
+                    torch.zeros(rows.hidden.shape, device=self.device) if g is None else g.to(self.device) * share
+                    for rows, g, share in zip(graph.rows, mine, shares, strict=True)
+                ]
+                torch.autograd.backward(graph.output, torch.cat(scaled))
+            for rows, g, share, own in zip(graph.rows, mine, shares, _input_gradients(graph), strict=True):
+                wanted = rows.wants_gradient and g is not None and own is not None
+                results.append(own / share if wanted and own is not None and share else None)
+        self.graphs = []
+        self.optimizer.step()
+        return results
+
+    @torch.no_grad()
+    def evaluate(self, cohort: Sequence[Rows]) -> list[Tensor]:
+        """Each client's rows through the trunk, without dropout, without a graph."""
+        self.part.module.eval()
+        outputs: list[Tensor] = []
+        for rows in self._chunks(cohort):
+            outputs.extend(_unpack(self.part.forward(self._pack(rows), _lengths(rows)), rows))
+        return outputs
+
+    def state(self) -> dict[str, Tensor]:
+        """Trained parameters (`trunk/...`), optimizer (`optimizer/...`) and random state (`random/torch`)."""
+        state = {f"trunk/{name}": p.detach() for name, p in self.parameters.items()}
+        state |= {f"optimizer/{name}": value for name, value in self.optimizer.state().items()}
+        return state | {"random/torch": torch.get_rng_state()}
+
+    def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Continue from `state()`, taken after `steps` optimizer steps."""
+        load_trained(self.parameters, _under("trunk/", state))
+        self.optimizer.load_state(_under("optimizer/", state), steps)
+        torch.set_rng_state(state["random/torch"])
+        self.graphs = []
+
+    def _pack(self, rows: Sequence[Rows]) -> Tensor:
+        return torch.cat([r.hidden for r in rows]).to(self.device)
+
+    def _chunks(self, cohort: Sequence[Rows]) -> list[list[Rows]]:
+        """The cohort in forwards of at most `max_batch_tokens` tokens; a step remains one optimizer step."""
+        chunks: list[list[Rows]] = []
+        room = 0
+        for rows in cohort:
+            tokens = sum(rows.lengths)
+            if not chunks or tokens > room:
+                chunks.append([])
+                room = self.max_batch_tokens
+            chunks[-1].append(rows)
+            room -= tokens
+        return chunks
+
+
+def _lengths(rows: Sequence[Rows]) -> list[int]:
+    return [length for r in rows for length in r.lengths]
+
+
+def _unpack(packed: Tensor, rows: Sequence[Rows]) -> list[Tensor]:
+    return list(torch.split(packed, [sum(r.lengths) for r in rows]))
+
+
+def _input_gradients(graph: Graph) -> list[Tensor | None]:
+    if graph.hidden.grad is None:
+        return [None] * len(graph.rows)
+    return list(_unpack(graph.hidden.grad, graph.rows))
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
