@@ -18,14 +18,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain import load_plain, row_logits, train_plain
-from benchmarks.processes import train_in_processes
 from benchmarks.reporting import Goal, parser, publish
-from benchmarks.tiny_models import VOCABULARY, save_tiny_model
+from benchmarks.tiny_models import VOCABULARY, save_tiny_model, save_word_tokenizer
+from launcher import local_run
 from launcher.in_process import Outcome, Site, train_in_process, trunk_tensors
 from shared.job import Cohort, Full, Job, Rounds, Split, Training
+from shared.model.checkpoint import Checkpoint
 from shared.model.families import FAMILIES
-from worker_client.batches import batch_indices, pack_rows
-from worker_client.data import Row
+from shared.model.plan import PartName
+from worker_client.batches import batch_indices
+from worker_client.client import load_tokenizer
+from worker_client.data import Row, load_rows
 
 STEPS = 20
 BATCH = 4
@@ -54,7 +57,7 @@ def random_rows(count: int, seed: int) -> list[Row]:
     return rows
 
 
-def make_job(model: Path, parts: Sequence[str], clients: int) -> Job:
+def make_job(model: Path, parts: tuple[PartName, ...], clients: int) -> Job:
     return Job(
         model_name_or_path=str(model),
         split=Split(head_blocks=1, tail_blocks=1),
@@ -74,18 +77,33 @@ def compare(family: str, case: str, folder: Path) -> Comparison:
     job = make_job(model, ("head", "trunk", "tail") if case == "everything" else ("trunk",), len(names))
     rows = {name: random_rows(10, seed) for seed, name in enumerate(names)}
     outcomes = train_in_process(job, {name: Site(mine) for name, mine in rows.items()}, folder / "split")
-    return difference(family, case, job, rows, split_losses(outcomes, job, rows), tensors_of(outcomes, folder / "split"))
+    return difference(
+        family, case, job, rows, split_losses(outcomes, job, rows), tensors_of(outcomes, folder / "split")
+    )
 
 
 def compare_processes(family: str, folder: Path) -> Comparison:
     """Case "trunk" once more, with broker, server and three clients as processes, data and result through files."""
     model = save_tiny_model(family, folder / "model")
+    save_word_tokenizer(model)
+    tokenizer = load_tokenizer(Checkpoint(str(model)))
     names = ["a", "b", "c"]
     job = make_job(model, ("trunk",), len(names))
-    rows = {name: random_rows(10, seed) for seed, name in enumerate(names)}
-    events = train_in_processes(job, rows, folder / "split")
-    losses = weighted_losses(events, job, rows)
+    sites, rows = [], {}
+    for seed, name in enumerate(names):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(_as_text(row)) + "\n" for row in random_rows(10, seed)))
+        sites.append(local_run.Site(name, path, path))
+        rows[name] = load_rows(path, tokenizer, max_length=job.data.max_length).rows
+    run = local_run.train_together(job, sites, folder / "split")
+    losses = weighted_losses(run.events, job, rows)
     return difference(family, "trunk, processes", job, rows, losses, trunk_tensors(folder / "split"))
+
+
+def _as_text(row: Row) -> dict[str, str]:
+    words = [f"w{token}" for token in row.input_ids]
+    prompt = max(1, row.counts.index(True))
+    return {"prompt": " ".join(words[:prompt]), "completion": " ".join(words[prompt:])}
 
 
 def batches(job: Job, rows: Mapping[str, Sequence[Row]]) -> list[list[Row]]:
@@ -109,7 +127,7 @@ def weighted_losses(
     totals, sums = [0] * job.total_steps, [0.0] * job.total_steps
     for name, mine in rows.items():
         for event in events[name]:
-            if event["event"] == "step":
+            if event.get("event") == "step":
                 step = event["step"]
                 tokens = sum(mine[i].target_tokens for i in batch_indices(len(mine), size, step, seed))
                 totals[step] += tokens
@@ -134,7 +152,9 @@ def difference(
     model = load_plain(job.model_name_or_path)
     by_name = dict(model.named_parameters())
     model.requires_grad_(False)
-    trunk = {name for name in trained if name in by_name and _block(name) in range(1, model.config.num_hidden_layers - 1)}
+    trunk = {
+        name for name in trained if name in by_name and _block(name) in range(1, model.config.num_hidden_layers - 1)
+    }
     groups = [[by_name[n] for n in trained if n not in trunk], [by_name[n] for n in trained if n in trunk]]
     groups = [group for group in groups if group]
     for group in groups:

@@ -33,7 +33,11 @@ def mean_loss(model: Any, rows: Sequence[Row]) -> Tensor:
 
 
 def train_plain(
-    model: Any, batches: Iterable[Sequence[Row]], training: Training, steps: int, groups: Sequence[Sequence[nn.Parameter]]
+    model: Any,
+    batches: Iterable[Sequence[Row]],
+    training: Training,
+    steps: int,
+    groups: Sequence[Sequence[nn.Parameter]],
 ) -> list[float]:
     """The loss of each step. One AdamW; each group of parameters is clipped by its own norm."""
     parameters = [p for group in groups for p in group]

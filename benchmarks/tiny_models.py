@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from shared.model.families import FAMILIES
 
@@ -62,3 +63,10 @@ def save_tiny_model(
         model = AutoModelForCausalLM.from_config(config)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+def save_word_tokenizer(folder: Path, words: int = VOCABULARY) -> None:
+    """A tokenizer whose words are w0, w1, ...: word i is token i, token 1 is the end."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", unk_token="w0").save_pretrained(folder)

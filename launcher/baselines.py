@@ -54,7 +54,7 @@ def train_whole(
         loss = F.cross_entropy(padded_logits(model, rows, batch).float(), batch.targets)
         torch.autograd.backward(loss)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if report is not None:
             report(step + 1)
     model.eval()

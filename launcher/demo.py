@@ -4,26 +4,22 @@ import importlib.metadata
 import json
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from launcher.baselines import Baseline, train_whole
-from launcher.cluster import Cluster, Role
 from launcher.demo_job import default_job, own_data, real_job
 from launcher.demo_view import DemoView
+from launcher.local_run import VALIDATION_FRACTION, LocalRun, Site, train_together
 from launcher.output import Format, emit
 from launcher.report import Curve, Process, Quality, Report, summary_table, write_report
-from shared.errors import DataError, DeadlineExceeded, JobError
-from shared.identity import Invitation, admit, create_identity, load_card, write_invitation
+from shared.errors import DataError, JobError
 from shared.job import Job, load_job
 from shared.model.checkpoint import Checkpoint
 from shared.model.plan import SplitPlan
@@ -31,10 +27,6 @@ from worker_client.client import context_length, load_tokenizer
 from worker_client.data import Row, load_rows, split_validation
 from worker_client.head_tail import NO_SCORE, Score
 
-READY_S = 120.0
-# A run whose clients say nothing for this long has hung.
-SILENCE_S = 900.0
-VALIDATION_FRACTION = 0.1
 POOLED = "all together"
 
 
@@ -50,15 +42,6 @@ class DemoSettings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Site:
-    """One data owner: name, rows to train on, rows to measure on (else a share of the former is held out)."""
-
-    name: str
-    train: Path
-    validation: Path | None
-
-
 def run_demo(settings: DemoSettings, format: Format) -> Report:
     """Run it, print what was gained, write the report. Raises UsageError and what a role's process failed with."""
     out = settings.out
@@ -69,7 +52,13 @@ def run_demo(settings: DemoSettings, format: Format) -> Report:
     job, sites = _prepare(settings)
     rows = _all_rows(job, sites)
     console.print(f"{len(sites)} clients, {job.total_steps} steps in {job.rounds.count} rounds, one broker, one server")
-    joint = _train_together(job, sites, out, console, format)
+    with DemoView(job, [site.name for site in sites], console) as view:
+
+        def watch(name: str, event: dict[str, Any]) -> None:
+            view.show(name, event)
+            emit(format, {"client": name, **event})
+
+        joint = train_together(job, sites, out, watch)
     baselines = _baselines(job, rows, console)
     report = _report(job, joint, baselines)
     write_report(report, out)
@@ -101,12 +90,6 @@ def _prepare(settings: DemoSettings) -> tuple[Job, list[Site]]:
         job = _with(settings, real_job(settings.model, len(sites), settings.seed))
     plan = job.split
     SplitPlan(plan.head_blocks, plan.tail_blocks, Checkpoint(job.model_name_or_path).config.num_hidden_layers)
-    path = out / "job.yaml"
-    if path.exists() and load_job(path) != job:
-        raise JobError(
-            f"{out} holds an unfinished run with other settings", hint=f"remove {out}, or give another --out"
-        )
-    path.write_text(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False))
     return job, sites
 
 
@@ -157,111 +140,6 @@ def _all_rows(job: Job, sites: list[Site]) -> dict[str, tuple[tuple[Row, ...], t
     return rows
 
 
-def _make_keys(out: Path, job: Job, sites: list[Site]) -> None:
-    keys = out / "keys"
-    for name in ("server", *(site.name for site in sites)):
-        if not (keys / f"{name}.card").exists():
-            create_identity(keys, name)
-    for site in sites:
-        if not (out / "clients" / f"{site.name}.card").exists():
-            admit(keys / f"{site.name}.card", out / "clients")
-
-
-def _invite(out: Path, job: Job, site: Site, broker: str) -> Path:
-    card = load_card(out / "keys" / "server.card")
-    path = out / "keys" / f"{site.name}.invite"
-    path.unlink(missing_ok=True)
-    write_invitation(
-        path,
-        Invitation(
-            client=site.name,
-            brokers=[broker],
-            server=card.name,
-            server_public_key=card.public_key,
-            job=job.digest().hex(),
-            expires_at=datetime.now(UTC) + timedelta(days=1),
-        ),
-    )
-    return path
-
-
-# The joint run
-
-
-@dataclass(frozen=True)
-class Joint:
-    """What the processes reported: events by client, body bytes, seconds of training, processes with exit codes."""
-
-    events: dict[str, list[dict[str, Any]]]
-    bytes_up: int
-    bytes_down: int
-    seconds: float
-    processes: list[Process]
-
-
-def _train_together(job: Job, sites: list[Site], out: Path, console: Console, format: Format) -> Joint:
-    _make_keys(out, job, sites)
-    began = time.monotonic()
-    with (
-        Cluster(out / "logs", {"OMP_NUM_THREADS": "1"}) as cluster,
-        DemoView(job, [s.name for s in sites], console) as view,
-    ):
-        broker = cluster.start(
-            "broker", "broker", ["broker", "--clients-address", "tcp://127.0.0.1:*", "--servers-address", "tcp://127.0.0.1:*"]
-        )  # fmt: skip
-        ready = cluster.wait_for(broker, "ready", READY_S)
-        cluster.start("server", "server", _server_arguments(out, ready["servers"]))
-        clients = [_start_client(cluster, out, job, site, ready["clients"]) for site in sites]
-        heard = time.monotonic()
-        while any(role.exit_code is None for role in clients):
-            for role, event in cluster.events(0.2):
-                heard = time.monotonic()
-                view.show(role.name, event)
-                emit(format, {"client": role.name, **event})
-            cluster.check()
-            if time.monotonic() - heard > SILENCE_S:
-                raise DeadlineExceeded(f"no progress for {SILENCE_S:g} s", hint=f"see {out / 'logs'}")
-        seconds = time.monotonic() - began
-        for role, event in cluster.events(0.5):
-            view.show(role.name, event)
-        cluster.check()
-    results = [_result(role) for role in clients]
-    return Joint(
-        {role.name: role.events for role in clients},
-        sum(result["bytes_up"] for result in results),
-        sum(result["bytes_down"] for result in results),
-        seconds,
-        [Process(role=r.role, name=r.name, pid=r.process.pid, exit_code=r.exit_code) for r in cluster.roles],
-    )
-
-
-def _server_arguments(out: Path, broker: str) -> list[str]:
-    return [
-        "server", "--job", str(out / "job.yaml"), "--key", str(out / "keys" / "server.key"),
-        "--clients", str(out / "clients"), "--broker", broker, "--state", str(out / "server-state"), "--threads", "1",
-    ]  # fmt: skip
-
-
-def _start_client(cluster: Cluster, out: Path, job: Job, site: Site, broker: str) -> Role:
-    arguments = [
-        "client", "train", "--invite", str(_invite(out, job, site, broker)),
-        "--key", str(out / "keys" / f"{site.name}.key"), "--data", str(site.train),
-        "--out", str(out / "results" / site.name), "--threads", "1",
-        "--validation-fraction", str(VALIDATION_FRACTION), "--connect-timeout", str(READY_S),
-    ]  # fmt: skip
-    if site.validation is not None:
-        arguments += ["--validation", str(site.validation)]
-    return cluster.start("client", site.name, arguments)
-
-
-def _result(role: Role) -> dict[str, Any]:
-    for event in reversed(role.events):
-        if event.get("status") == "ok":
-            data: dict[str, Any] = event["data"]
-            return data
-    raise DeadlineExceeded(f"{role.name} ended without a result", hint=f"see {role.log}")
-
-
 # The comparison
 
 
@@ -285,7 +163,7 @@ def _baselines(
     return {name: results[name] for name in runs}
 
 
-def _report(job: Job, joint: Joint, baselines: Mapping[str, Baseline]) -> Report:
+def _report(job: Job, joint: LocalRun, baselines: Mapping[str, Baseline]) -> Report:
     names = sorted(joint.events)
     final = {name: _last_score(events) for name, events in joint.events.items()}
     higher = job.method.type == "full"
@@ -324,7 +202,7 @@ def _report(job: Job, joint: Joint, baselines: Mapping[str, Baseline]) -> Report
         rounds=job.rounds.count,
         steps=len({event["step"] for event in steps}),
         seconds=joint.seconds,
-        processes=joint.processes,
+        processes=[Process(**vars(process)) for process in joint.processes],
         job=json.loads(job.canonical()),
         versions={
             name: importlib.metadata.version(name) for name in ("flglm", "torch", "transformers", "peft", "pyzmq")
@@ -332,7 +210,7 @@ def _report(job: Job, joint: Joint, baselines: Mapping[str, Baseline]) -> Report
     )
 
 
-def _tokens_per_s(joint: Joint) -> float:
+def _tokens_per_s(joint: LocalRun) -> float:
     """All clients' tokens over the time of their steps; in lockstep their clocks run together."""
     rate = 0.0
     for events in joint.events.values():
@@ -346,7 +224,7 @@ def _last_score(events: list[dict[str, Any]]) -> Score:
     return Score(last["loss"] * last["tokens"], last["tokens"], last["rows"], last["right_rows"])
 
 
-def _curves(joint: Joint, baselines: Mapping[str, Baseline], metric: str) -> list[Curve]:
+def _curves(joint: LocalRun, baselines: Mapping[str, Baseline], metric: str) -> list[Curve]:
     curves = []
     for name, events in sorted(joint.events.items()):
         steps = {event["step"] + 1: event["loss"] for event in events if event.get("event") == "step"}

@@ -94,7 +94,7 @@ class Training:
                 "event": "step",
                 "step": number,
                 "round": round,
-                "loss": float(loss),
+                "loss": float(loss.detach()),
                 "tokens": batch.tokens,
                 "seconds": time.monotonic() - began,
                 "waited_s": waited,

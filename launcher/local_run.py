@@ -1,0 +1,155 @@
+"""One job with all its roles as processes on this machine: the commands that an operator and data owners would type."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.cluster import Cluster, Role
+from shared.errors import DeadlineExceeded, JobError
+from shared.identity import Invitation, admit, create_identity, load_card, write_invitation
+from shared.job import Job, load_job
+
+READY_S = 120.0
+# A run whose clients say nothing for this long has hung.
+SILENCE_S = 900.0
+VALIDATION_FRACTION = 0.1
+
+Watch = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One data owner: name, rows to train on, rows to measure on (else a share of the former is held out)."""
+
+    name: str
+    train: Path
+    validation: Path | None = None
+
+
+@dataclass(frozen=True)
+class ProcessInfo:
+    role: str
+    name: str
+    pid: int
+    exit_code: int | None
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """What the processes reported: events by client, body bytes, seconds from first to last process."""
+
+    events: dict[str, list[dict[str, Any]]]
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    processes: list[ProcessInfo]
+
+
+def train_together(job: Job, sites: list[Site], out: Path, watch: Watch | None = None) -> LocalRun:
+    """Run broker, server and one client a site to the job's end, all files under `out`; there again, it resumes.
+
+    `watch` gets each client's events as they come. Raises JobError if `out` holds another job's run, RoleFailed with
+    the words of a process that failed, DeadlineExceeded if nothing moves.
+    """
+    prepare(job, sites, out)
+    began = time.monotonic()
+    with Cluster(out / "logs", {"OMP_NUM_THREADS": "1"}) as cluster:
+        addresses = start_broker(cluster)
+        start_server(cluster, out, addresses["servers"])
+        clients = [start_client(cluster, out, job, site, addresses["clients"]) for site in sites]
+        _watch_until_done(cluster, clients, watch or (lambda _name, _event: None), out)
+        seconds = time.monotonic() - began
+    results = [_result(role) for role in clients]
+    return LocalRun(
+        {role.name: role.events for role in clients},
+        sum(result["bytes_up"] for result in results),
+        sum(result["bytes_down"] for result in results),
+        seconds,
+        [ProcessInfo(role.role, role.name, role.process.pid, role.exit_code) for role in cluster.roles],
+    )
+
+
+def prepare(job: Job, sites: list[Site], out: Path) -> None:
+    """Job file, keys and admissions under `out`, unless they are there. Raises JobError."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "job.yaml"
+    if path.exists() and load_job(path) != job:
+        raise JobError(f"{out} holds an unfinished run with other settings", hint=f"remove {out}, or name another")
+    path.write_text(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False))
+    keys = out / "keys"
+    for name in ("server", *(site.name for site in sites)):
+        if not (keys / f"{name}.card").exists():
+            create_identity(keys, name)
+    for site in sites:
+        if not (out / "clients" / f"{site.name}.card").exists():
+            admit(keys / f"{site.name}.card", out / "clients")
+
+
+def start_broker(cluster: Cluster) -> dict[str, Any]:
+    """A broker on free ports; its `clients` and `servers` addresses."""
+    anywhere = "tcp://127.0.0.1:*"
+    broker = cluster.start("broker", "broker", ["broker", "--clients-address", anywhere, "--servers-address", anywhere])
+    return cluster.wait_for(broker, "ready", READY_S)
+
+
+def start_server(cluster: Cluster, out: Path, broker: str) -> Role:
+    arguments = [
+        "server", "--job", str(out / "job.yaml"), "--key", str(out / "keys" / "server.key"),
+        "--clients", str(out / "clients"), "--broker", broker, "--state", str(out / "server-state"), "--threads", "1",
+    ]  # fmt: skip
+    return cluster.start("server", "server", arguments)
+
+
+def start_client(cluster: Cluster, out: Path, job: Job, site: Site, broker: str) -> Role:
+    arguments = [
+        "client", "train", "--invite", str(_invite(out, job, site, broker)),
+        "--key", str(out / "keys" / f"{site.name}.key"), "--data", str(site.train),
+        "--out", str(out / "results" / site.name), "--threads", "1",
+        "--validation-fraction", str(VALIDATION_FRACTION), "--connect-timeout", str(READY_S),
+    ]  # fmt: skip
+    if site.validation is not None:
+        arguments += ["--validation", str(site.validation)]
+    return cluster.start("client", site.name, arguments)
+
+
+def _invite(out: Path, job: Job, site: Site, broker: str) -> Path:
+    card = load_card(out / "keys" / "server.card")
+    path = out / "keys" / f"{site.name}.invite"
+    path.unlink(missing_ok=True)
+    invitation = Invitation(
+        client=site.name,
+        brokers=[broker],
+        server=card.name,
+        server_public_key=card.public_key,
+        job=job.digest().hex(),
+        expires_at=datetime.now(UTC) + timedelta(days=1),
+    )
+    write_invitation(path, invitation)
+    return path
+
+
+def _watch_until_done(cluster: Cluster, clients: list[Role], watch: Watch, out: Path) -> None:
+    heard = time.monotonic()
+    while any(role.exit_code is None for role in clients):
+        for role, event in cluster.events(0.2):
+            heard = time.monotonic()
+            watch(role.name, event)
+        cluster.check()
+        if time.monotonic() - heard > SILENCE_S:
+            raise DeadlineExceeded(f"no progress for {SILENCE_S:g} s", hint=f"see {out / 'logs'}")
+    for role, event in cluster.events(0.5):
+        watch(role.name, event)
+    cluster.check()
+
+
+def _result(role: Role) -> dict[str, Any]:
+    for event in reversed(role.events):
+        if event.get("status") == "ok":
+            data: dict[str, Any] = event["data"]
+            return data
+    raise DeadlineExceeded(f"{role.name} ended without a result", hint=f"see {role.log}")
