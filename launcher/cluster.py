@@ -39,6 +39,7 @@ class Role:
     process: "subprocess.Popen[str]"
     log: Path
     events: list[dict[str, Any]] = field(default_factory=list)
+    listener: threading.Thread | None = None
 
     @property
     def exit_code(self) -> int | None:
@@ -80,7 +81,8 @@ class Cluster:
             )  # fmt: skip
         started = Role(role, name, process, log)
         self.roles.append(started)
-        threading.Thread(target=self._listen, args=(started,), name=f"listen-{name}", daemon=True).start()
+        started.listener = threading.Thread(target=self._listen, args=(started,), name=f"listen-{name}", daemon=True)
+        started.listener.start()
         return started
 
     def events(self, timeout_s: float) -> Iterator[tuple[Role, dict[str, Any]]]:
@@ -119,6 +121,8 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 role.process.kill()
                 role.process.wait()
+            if role.listener is not None:  # until it has read what the process said last
+                role.listener.join(STOP_S)
 
     def _listen(self, role: Role) -> None:
         assert role.process.stdout is not None

@@ -17,6 +17,7 @@ Row = dict[str, str]
 # With four diseases seen often and four rarely, a rare one makes up 1 note in 24.
 OFTEN_WEIGHT = 5
 RARELY_WEIGHT = 1
+INCIDENTAL_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,14 @@ def hospital_rows(hospital: Hospital, random: Random, count: int) -> list[Row]:
 
 def make_row(hospital: Hospital, disease: str, random: Random) -> Row:
     """One note of this hospital about a patient with this disease: 3 or 4 typical findings among distractors."""
-    findings = random.sample(FINDINGS[disease], random.choice((3, 4)))
+    findings = draw_findings(disease, random)
     history = random.sample(HISTORY, random.choice((1, 2, 3)))
-    sex = random.choice(("woman", "man"))
+    sex, sex_short = random.choice((("woman", "F"), ("man", "M")))
     feverish = "fever" in findings
     note = random.choice(hospital.templates).format(
         age=random.randint(18, 89),
         sex=sex,
-        sex_short=sex[0].upper(),
+        sex_short=sex_short,
         temperature=f"{random.uniform(38.0, 39.9) if feverish else random.uniform(36.2, 37.4):.1f}",
         pulse=random.randrange(58, 120, 2),
         systolic=random.randrange(100, 165, 5),
@@ -84,6 +85,16 @@ def make_row(hospital: Hospital, disease: str, random: Random) -> Row:
         history=_listed(hospital, history),
     )
     return {"prompt": f"{note}\nDiagnosis:", "completion": f" {disease}"}
+
+
+def draw_findings(disease: str, random: Random) -> list[str]:
+    """3 or 4 typical findings and, in every second note, one that has nothing to do with the disease; in any order."""
+    findings = random.sample(FINDINGS[disease], random.choice((3, 4)))
+    if random.random() < INCIDENTAL_SHARE:
+        other = random.choice([name for name in DISEASES if name != disease])
+        findings.append(random.choice([finding for finding in FINDINGS[other] if finding not in FINDINGS[disease]]))
+    random.shuffle(findings)
+    return findings
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -37,6 +37,7 @@ class ProcessInfo:
     name: str
     pid: int
     exit_code: int | None
+    peak_memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,18 @@ def train_together(job: Job, sites: list[Site], out: Path, watch: Watch | None =
         clients = [start_client(cluster, out, job, site, addresses["clients"]) for site in sites]
         _watch_until_done(cluster, clients, watch or (lambda _name, _event: None), out)
         seconds = time.monotonic() - began
-    results = [_result(role) for role in clients]
+    results = {role.name: _result(role) for role in cluster.roles}
     return LocalRun(
         {role.name: role.events for role in clients},
-        sum(result["bytes_up"] for result in results),
-        sum(result["bytes_down"] for result in results),
+        sum(results[role.name]["bytes_up"] for role in clients),
+        sum(results[role.name]["bytes_down"] for role in clients),
         seconds,
-        [ProcessInfo(role.role, role.name, role.process.pid, role.exit_code) for role in cluster.roles],
+        [_describe(role, results[role.name]) for role in cluster.roles],
     )
+
+
+def _describe(role: Role, result: dict[str, Any]) -> ProcessInfo:
+    return ProcessInfo(role.role, role.name, role.process.pid, role.exit_code, result["peak_memory_bytes"])
 
 
 def prepare(job: Job, sites: list[Site], out: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from launcher.output import Format, FormatOption, emit, succeed
+from launcher.peak_memory import peak_memory_bytes
 from shared.identity import Admitted, load_identity, load_invitation
 from shared.job import load_job
 from shared.logs import configure
@@ -38,7 +39,7 @@ def broker(
     with running:
         emit(format, {"event": "ready", "clients": running.frontend, "servers": running.backend})
         running.run()
-    succeed(format, "broker stopped", {"stopped": True})
+    succeed(format, "broker stopped", {"peak_memory_bytes": peak_memory_bytes()})
 
 
 def server(
@@ -66,7 +67,15 @@ def server(
     running = Server(settings, loaded, identity, Admitted(clients).lookup)
     _on_signals(running.stop)
     running.run()
-    succeed(format, "server stopped", {"rounds": running.completed_rounds, "finished": running.finished})
+    succeed(
+        format,
+        f"server stopped after {running.completed_rounds} of {loaded.rounds.count} rounds",
+        {
+            "rounds": running.completed_rounds,
+            "finished": running.finished,
+            "peak_memory_bytes": peak_memory_bytes(),
+        },
+    )
 
 
 def client_train(
@@ -110,7 +119,13 @@ def client_train(
 
         result = run_client(settings, invitation, identity, report)
     score = None if result.score is None else {"loss": result.score.loss, "accuracy": result.score.accuracy}
-    summary = {"score": score, "bytes_up": result.bytes_up, "bytes_down": result.bytes_down, "out": str(out)}
+    summary = {
+        "score": score,
+        "bytes_up": result.bytes_up,
+        "bytes_down": result.bytes_down,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "out": str(out),
+    }
     measured = "" if result.score is None else f"  loss {result.score.loss:.4f}, accuracy {result.score.accuracy:.1%}"
     succeed(format, f"trained: {out}{measured}", summary)
 
