@@ -22,6 +22,7 @@ class DemoView:
             TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,
+            transient=True,
         )
         self.tasks = {name: self.progress.add_task(name, total=job.total_steps, note="connecting") for name in names}
 

@@ -6,7 +6,6 @@ Exit codes: 0 ok, 1 refused, 2 connection or authentication, 3 timeout, 4 bad ar
 
 import sys
 
-import click
 import typer
 
 from launcher import demo_command, people, roles
@@ -14,6 +13,8 @@ from launcher.output import fail
 from shared.errors import FlglmError, UsageError
 
 INTERRUPTED = 130
+# What typer raises for wrong words on the command line; depending on its version click's own or a copy of it.
+WrongWords: type[typer.BadParameter] = typer.BadParameter.__bases__[0]  # type: ignore[assignment]
 
 app = typer.Typer(
     name="flglm",
@@ -44,15 +45,16 @@ def main(arguments: list[str] | None = None) -> None:
     machine = any(word in ("json", "jsonl", "--format=json", "--format=jsonl") for word in words)
     try:
         sys.exit(app(args=words, standalone_mode=False) or 0)
-    except click.exceptions.Exit as done:
+    except typer.Exit as done:
         sys.exit(done.exit_code)
-    except click.ClickException as error:
-        fail(UsageError(error.format_message(), hint="'flglm --help' lists commands and options"), machine=machine)
+    except WrongWords as error:
+        if message := error.format_message():  # empty where the help was shown instead
+            fail(UsageError(message, hint="'flglm --help' lists commands and options"), machine=machine)
         sys.exit(UsageError.exit_code)
     except FlglmError as error:
         fail(error, machine=machine)
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("flglm: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
 

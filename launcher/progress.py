@@ -19,6 +19,7 @@ class ClientProgress:
             TimeRemainingColumn(),
             console=Console(stderr=True),
             disable=not enabled,
+            transient=True,
         )
         self.task = self.progress.add_task("waiting", total=None, note="")
 
