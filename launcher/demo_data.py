@@ -29,7 +29,7 @@ class HospitalFiles:
 
 
 def write_hospitals(directory: Path, seed: int, train_rows: int, validation_rows: int) -> dict[str, HospitalFiles]:
-    """Write `<hospital>/train.jsonl` and `<hospital>/validation.jsonl` under `directory`, the given numbers of rows each.
+    """Write `<hospital>/train.jsonl` and `<hospital>/validation.jsonl` under `directory`, with that many rows.
 
     Raises UsageError when a number of rows is below 1.
     """
@@ -48,7 +48,7 @@ def write_hospitals(directory: Path, seed: int, train_rows: int, validation_rows
 
 
 def public_texts(seed: int, rows: int) -> list[str]:
-    """Notes that belong to no hospital, all diseases and all ways of writing alike: what a public tokenizer is built of.
+    """Notes that belong to no hospital, of all diseases and in all ways of writing: for a public tokenizer.
 
     Raises UsageError when `rows` is below 1.
     """

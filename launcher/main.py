@@ -14,7 +14,7 @@ from shared.errors import FlglmError, UsageError
 
 INTERRUPTED = 130
 # What typer raises for wrong words on the command line; depending on its version click's own or a copy of it.
-WrongWords: type[typer.BadParameter] = typer.BadParameter.__bases__[0]  # type: ignore[assignment]
+WrongWords: type[typer.BadParameter] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     name="flglm",

@@ -116,6 +116,12 @@ class Job(Settings):
     def _consistent(self) -> "Job":
         if len(set(self.training.parts)) != len(self.training.parts):
             raise ValueError("training.parts names a part twice")
+        batch_tokens = self.training.per_device_train_batch_size * self.data.max_length
+        if batch_tokens > self.cohort.max_batch_tokens:
+            raise ValueError(
+                f"a batch may hold {batch_tokens} tokens (training.per_device_train_batch_size x data.max_length), "
+                f"more than cohort.max_batch_tokens={self.cohort.max_batch_tokens}"
+            )
         return self
 
     @property

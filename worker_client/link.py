@@ -19,7 +19,7 @@ from shared import PROTOCOL_VERSION
 from shared.errors import ConnectionFailed, DeadlineExceeded, FlglmError, HandshakeError, PeerError, Refused
 from shared.identity import key_digest
 from shared.logs import event
-from shared.payload.messages import Leave, Message, Refusal, Welcome, pack, unpack_from_server
+from shared.payload.messages import Confirm, Leave, Message, Refusal, Welcome, pack, unpack_from_server
 from shared.secure.handshake import ClientHandshake
 from shared.secure.records import Channel
 from shared.wire.connection import BrokerConnection
@@ -137,7 +137,7 @@ class Link:
     def _run(self) -> None:
         try:
             with self.connection:
-                self.connection.open(self.connect_timeout_s)
+                self.connection.open(self.connect_timeout_s, self.closing.is_set)
                 self._serve(self._shake_hands())
         except FlglmError as error:
             self._fail(error)
@@ -205,6 +205,7 @@ class Link:
             return
         if isinstance(message, Welcome):
             if not self.welcome.done():
+                self.connection.send(channel.seal(pack(Confirm())))
                 self.welcome.set_result(Answer(message, tensors))
             return
         if isinstance(message, Refusal):

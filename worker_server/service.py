@@ -13,6 +13,7 @@ from shared.errors import ConnectionFailed, FlglmError, PeerError, Refused
 from shared.logs import event
 from shared.payload.messages import (
     Backward,
+    Confirm,
     Finished,
     Forward,
     FromClient,
@@ -92,7 +93,7 @@ class Service:
 
     def run(self) -> None:
         """Raises ConnectionFailed if the broker is not there or falls silent, and what the compute thread raised."""
-        self.connection.open(self.settings.connect_timeout_s)
+        self.connection.open(self.settings.connect_timeout_s, lambda: self.state is State.STOPPING)
         event(logger, "server_ready", broker=self.connection.address, round=self.lockstep.round)
         self.engine.start()
         poller = zmq.Poller()
@@ -172,6 +173,8 @@ class Service:
 
     def _handle(self, session: Session, message: FromClient, frames: Sequence[Frame], now: float) -> list[Instruction]:
         match message:
+            case Confirm():
+                return []
             case Join():
                 event(logger, "client_joined", session=session.id, client=session.client, rows=message.rows)
                 return self.lockstep.joined(self.intake.join(session, message), now)

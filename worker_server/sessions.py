@@ -1,17 +1,21 @@
 """The server's sessions: handshakes, records, and which client is behind each. No sockets, no model."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from shared import PROTOCOL_VERSION
-from shared.errors import FlglmError, Refused, SealError
+from shared.errors import FlglmError, KeyFileError, Refused, SealError
+from shared.logs import event
 from shared.payload.messages import FromClient, Message, pack, unpack_from_client
 from shared.secure.handshake import ServerHandshake
 from shared.secure.records import Channel
 from shared.wire.envelope import Accept, Data, Envelope, Frame, Open
 from shared.wire.envelope import pack as pack_envelope
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,7 +71,12 @@ class Sessions:
         if len(self._sessions) >= self.limit:
             raise Refused("the server has no room for another session", reason="too_many_sessions")
         handshake = ServerHandshake(self.static, self.admitted)
-        client, _ = handshake.receive(envelope)
+        try:
+            client, _ = handshake.receive(envelope)
+        except KeyFileError as error:
+            # Which file is wrong is for the operator's log, not for whoever knocks.
+            event(logger, "admissions_unreadable", level=logging.ERROR, reason=error.message)
+            raise Refused("the server cannot tell whom it admits", reason="unknown_client") from None
         message_2, channel = handshake.accept()
         session = Session(header.session, client, channel, now)
         self._sessions[session.id] = session

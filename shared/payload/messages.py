@@ -3,7 +3,8 @@
     client                                   server
     ------                                   ------
                                              Welcome    the job, the trunk's checkpoint, what the seal is not
-    Join       I am here, with n rows
+    Confirm    I am here
+    Join       ready, with n rows
                                              RoundStart round r begins, here are the averages
     Forward    hidden states
                                              Hidden     hidden states after the trunk
@@ -53,6 +54,12 @@ class Welcome(Message):
     config: Hex
     tensor_table: Hex
     weights: Hex
+
+
+class Confirm(Message):
+    """The client's first record, at once: it is really there, and may now take its time to load data and model."""
+
+    type: Literal["confirm"] = "confirm"
 
 
 class Join(Message):
@@ -140,7 +147,7 @@ class Refusal(Message):
     message: Annotated[str, Field(max_length=500)]
 
 
-FromClient = Join | Forward | Backward | Update | Leave
+FromClient = Confirm | Join | Forward | Backward | Update | Leave
 FromServer = Welcome | RoundStart | Hidden | Gradient | Finished | Refusal
 
 CLIENT_MESSAGES: TypeAdapter[FromClient] = TypeAdapter(Annotated[FromClient, Field(discriminator="type")])

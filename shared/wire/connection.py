@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Literal
 
@@ -15,6 +16,7 @@ from shared.wire.heartbeat import Heartbeat
 
 HIGH_WATER_MARK = 1024
 LINGER_MS = 1000
+POLL_MS = 50
 MAX_MESSAGE_BYTES = 2**31
 
 logger = logging.getLogger(__name__)
@@ -49,8 +51,8 @@ class BrokerConnection:
     ) -> None:
         self.socket.close(LINGER_MS)
 
-    def open(self, timeout_s: float) -> None:
-        """Connect and wait for the broker's greeting. Raises ConnectionFailed after `timeout_s`."""
+    def open(self, timeout_s: float, cancelled: Callable[[], bool] = lambda: False) -> None:
+        """Connect and wait for the broker's greeting. Raises ConnectionFailed after `timeout_s`, or when cancelled."""
         self.socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         self.socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
         self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
@@ -59,7 +61,12 @@ class BrokerConnection:
         except zmq.ZMQError as error:
             raise ConnectionFailed(f"cannot connect to a broker at {self.address}: {error.strerror}") from None
         self._greet()
-        if not self.socket.poll(int(timeout_s * 1000)):
+        deadline = time.monotonic() + timeout_s
+        while not self.socket.poll(POLL_MS):
+            if cancelled():
+                raise ConnectionFailed("stopped while waiting for the broker")
+            if time.monotonic() < deadline:
+                continue
             raise ConnectionFailed(
                 f"no broker answers at {self.address} (waited {timeout_s:g} s)",
                 hint="start it with 'flglm broker', or check the address and the firewall",
