@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from shared.job import Job, Lora
 from shared.model.checkpoint import Checkpoint
@@ -41,6 +42,7 @@ def train_whole(
 ) -> Baseline:
     """Train the whole model on all rows of `train` together; score it on each set of `validation`."""
     torch.set_num_threads(threads)
+    disable_progress_bar()
     torch.manual_seed(job.training.seed)
     model = load_whole(job)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -18,7 +18,7 @@ from launcher.demo_job import default_job, own_data, real_job
 from launcher.demo_view import DemoView
 from launcher.local_run import VALIDATION_FRACTION, LocalRun, Site, train_together
 from launcher.output import Format, emit
-from launcher.report import Curve, Process, Quality, Report, summary_table, write_report
+from launcher.report import ClientQuality, Curve, Process, Quality, Report, summary_table, write_report
 from shared.errors import DataError, JobError
 from shared.job import Job, load_job
 from shared.model.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ from worker_client.client import context_length, load_tokenizer
 from worker_client.data import Row, load_rows, split_validation
 from worker_client.head_tail import NO_SCORE, Score
 
-POOLED = "all together"
+POOLED = "pooled"
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,11 @@ def _report(job: Job, joint: LocalRun, baselines: Mapping[str, Baseline]) -> Rep
         metric=metric,
         quality=quality,
         by_client={
-            name: {
-                "joint": measure(final[name]),
-                "alone": measure(baselines[name].scores[name]),
-                "centralised": measure(pooled[name]),
-            }
+            name: ClientQuality(
+                joint=measure(final[name]),
+                alone=measure(baselines[name].scores[name]),
+                centralised=measure(pooled[name]),
+            )
             for name in names
         },
         curves=_curves(joint, baselines, metric),
@@ -202,7 +202,7 @@ def _report(job: Job, joint: LocalRun, baselines: Mapping[str, Baseline]) -> Rep
         rounds=job.rounds.count,
         steps=len({event["step"] for event in steps}),
         seconds=joint.seconds,
-        processes=[Process(**vars(process)) for process in joint.processes],
+        processes=[Process(role=p.role, name=p.name, pid=p.pid, exit_code=p.exit_code) for p in joint.processes],
         job=json.loads(job.canonical()),
         versions={
             name: importlib.metadata.version(name) for name in ("flglm", "torch", "transformers", "peft", "pyzmq")
@@ -228,13 +228,12 @@ def _curves(joint: LocalRun, baselines: Mapping[str, Baseline], metric: str) -> 
     curves = []
     for name, events in sorted(joint.events.items()):
         steps = {event["step"] + 1: event["loss"] for event in events if event.get("event") == "step"}
-        curves.append(Curve(name=f"{name}, together", kind="loss", points=sorted(steps.items())))
-    for name, baseline in baselines.items():
-        label = name if name == POOLED else f"{name}, alone"
-        curves.append(Curve(name=label, kind="loss", points=list(enumerate(baseline.losses, start=1))))
-    for name, events in sorted(joint.events.items()):
         rounds = {event["round"]: event[metric] for event in events if event.get("event") == "evaluation"}
+        curves.append(Curve(name=name, kind="loss", points=sorted(steps.items())))
         curves.append(Curve(name=name, kind="validation", points=sorted(rounds.items())))
+    for name, baseline in baselines.items():
+        points: list[tuple[float, float]] = list(enumerate(baseline.losses, start=1))
+        curves.append(Curve(name=name, kind="loss", points=points, run="centralised" if name == POOLED else "alone"))
     return curves
 
 
@@ -242,5 +241,5 @@ def _clear(out: Path) -> None:
     """Remove what a finished demo made in `out`, and nothing else."""
     for name in ("model", "data", "keys", "clients", "server-state", "results", "logs"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("job.yaml", "report.json", "report.html"):
+    for name in ("job.yaml", "events.jsonl", "report.json", "report.html"):
         (out / name).unlink(missing_ok=True)

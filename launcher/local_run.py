@@ -1,5 +1,6 @@
 """One job with all its roles as processes on this machine: the commands that an operator and data owners would type."""
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ READY_S = 120.0
 # A run whose clients say nothing for this long has hung.
 SILENCE_S = 900.0
 VALIDATION_FRACTION = 0.1
+EVENTS = "events.jsonl"
 
 Watch = Callable[[str, dict[str, Any]], None]
 
@@ -42,7 +44,10 @@ class ProcessInfo:
 
 @dataclass(frozen=True)
 class LocalRun:
-    """What the processes reported: events by client, body bytes, seconds from first to last process."""
+    """What the processes reported: body bytes and seconds of this start, and events by client.
+
+    The events of earlier starts of an interrupted run are among them.
+    """
 
     events: dict[str, list[dict[str, Any]]]
     bytes_up: int
@@ -63,16 +68,31 @@ def train_together(job: Job, sites: list[Site], out: Path, watch: Watch | None =
         addresses = start_broker(cluster)
         start_server(cluster, out, addresses["servers"])
         clients = [start_client(cluster, out, job, site, addresses["clients"]) for site in sites]
-        _watch_until_done(cluster, clients, watch or (lambda _name, _event: None), out)
+        with (out / EVENTS).open("a") as kept:
+
+            def seen(name: str, event: dict[str, Any]) -> None:
+                print(json.dumps({"client": name, **event}), file=kept)
+                if watch is not None:
+                    watch(name, event)
+
+            _watch_until_done(cluster, clients, seen, out)
         seconds = time.monotonic() - began
     results = {role.name: _result(role) for role in cluster.roles}
     return LocalRun(
-        {role.name: role.events for role in clients},
+        _kept_events(out, sites),
         sum(results[role.name]["bytes_up"] for role in clients),
         sum(results[role.name]["bytes_down"] for role in clients),
         seconds,
         [_describe(role, results[role.name]) for role in cluster.roles],
     )
+
+
+def _kept_events(out: Path, sites: list[Site]) -> dict[str, list[dict[str, Any]]]:
+    events: dict[str, list[dict[str, Any]]] = {site.name: [] for site in sites}
+    for line in (out / EVENTS).read_text().splitlines():
+        event = json.loads(line)
+        events[event["client"]].append(event)
+    return events
 
 
 def _describe(role: Role, result: dict[str, Any]) -> ProcessInfo:
@@ -140,16 +160,17 @@ def _invite(out: Path, job: Job, site: Site, broker: str) -> Path:
 
 def _watch_until_done(cluster: Cluster, clients: list[Role], watch: Watch, out: Path) -> None:
     heard = time.monotonic()
-    while any(role.exit_code is None for role in clients):
-        for role, event in cluster.events(0.2):
+    names = {role.name for role in clients}
+    ended = False
+    while not ended:
+        ended = all(role.exit_code is not None for role in clients)
+        for role, event in cluster.events(0.5 if ended else 0.2):
             heard = time.monotonic()
-            watch(role.name, event)
+            if role.name in names:
+                watch(role.name, event)
         cluster.check()
         if time.monotonic() - heard > SILENCE_S:
             raise DeadlineExceeded(f"no progress for {SILENCE_S:g} s", hint=f"see {out / 'logs'}")
-    for role, event in cluster.events(0.5):
-        watch(role.name, event)
-    cluster.check()
 
 
 def _result(role: Role) -> dict[str, Any]:

@@ -22,8 +22,11 @@ def picture(title: str, description: str, height: float, parts: Iterable[str]) -
 
 
 def shortened(content: str, most: int) -> str:
-    """The text, or its beginning and an ellipsis, of at most `most` characters."""
-    return content if len(content) <= most else content[: most - 1] + "…"
+    """The text, or its beginning, an ellipsis and its end (names often differ there): at most `most` characters."""
+    if len(content) <= most:
+        return content
+    end = (most - 1) // 2
+    return content[: most - 1 - end] + "…" + content[len(content) - end :]
 
 
 def plain(value: float) -> str:
