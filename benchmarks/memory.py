@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ VOCABULARY = 26_000
 STEPS = 2
 BATCH = 4
 TOKENS = 32
-SIZE = {
+SIZE: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 2048,
     "num_hidden_layers": 12,
@@ -40,6 +41,7 @@ LIBRARIES = "import torch, transformers, peft; from transformers import LlamaFor
 WHOLE = """
 import json, sys
 from pathlib import Path
+from typing import Any
 from launcher.baselines import train_whole
 from shared.job import load_job
 from shared.model.checkpoint import Checkpoint
@@ -60,7 +62,7 @@ def peak_of(script: str, *arguments: str) -> int:
     return int(done.stdout.split()[-1])
 
 
-def measure(folder: Path, size: dict[str, int]) -> dict[str, int]:
+def measure(folder: Path, size: dict[str, Any]) -> dict[str, int]:
     """Peak resident bytes by process: libraries, whole, client, server, and the model's own bytes."""
     torch.set_num_threads(1)
     model = save_tiny_model("llama", folder / "model", max_shard_size="64MB", **size)

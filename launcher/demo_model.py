@@ -10,6 +10,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from tokenizers.trainers import WordLevelTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 MAX_WORDS = 4096
@@ -24,6 +25,7 @@ WORDS = r" ?\w+| ?[^\w\s]|\s"
 
 def write_demo_model(directory: Path, texts: Iterable[str], seed: int) -> None:
     """Save a tokenizer of the texts' words and a randomly initialised Llama, as `save_pretrained` lays them out."""
+    disable_progress_bar()  # a bar for one small file would only stand in the way
     tokenizer = build_tokenizer(texts)
     model = build_model(len(tokenizer), seed)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id

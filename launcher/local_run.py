@@ -20,6 +20,8 @@ READY_S = 120.0
 SILENCE_S = 900.0
 VALIDATION_FRACTION = 0.1
 EVENTS = "events.jsonl"
+# Many processes on few cores: threads that wait must not spin.
+THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 Watch = Callable[[str, dict[str, Any]], None]
 
@@ -56,17 +58,19 @@ class LocalRun:
     processes: list[ProcessInfo]
 
 
-def train_together(job: Job, sites: list[Site], out: Path, watch: Watch | None = None) -> LocalRun:
+def train_together(
+    job: Job, sites: list[Site], out: Path, watch: Watch | None = None, *, server_threads: int = 1
+) -> LocalRun:
     """Run broker, server and one client a site to the job's end, all files under `out`; there again, it resumes.
 
-    `watch` gets each client's events as they come. Raises JobError if `out` holds another job's run, RoleFailed with
+    Clients compute with one thread each. `watch` gets each client's events as they come. Raises JobError if `out` holds another job's run, RoleFailed with
     the words of a process that failed, DeadlineExceeded if nothing moves.
     """
     prepare(job, sites, out)
     began = time.monotonic()
-    with Cluster(out / "logs", {"OMP_NUM_THREADS": "1"}) as cluster:
+    with Cluster(out / "logs", THREADS) as cluster:
         addresses = start_broker(cluster)
-        start_server(cluster, out, addresses["servers"])
+        start_server(cluster, out, addresses["servers"], server_threads)
         clients = [start_client(cluster, out, job, site, addresses["clients"]) for site in sites]
         with (out / EVENTS).open("a") as kept:
 
@@ -122,10 +126,11 @@ def start_broker(cluster: Cluster) -> dict[str, Any]:
     return cluster.wait_for(broker, "ready", READY_S)
 
 
-def start_server(cluster: Cluster, out: Path, broker: str) -> Role:
+def start_server(cluster: Cluster, out: Path, broker: str, threads: int) -> Role:
     arguments = [
         "server", "--job", str(out / "job.yaml"), "--key", str(out / "keys" / "server.key"),
-        "--clients", str(out / "clients"), "--broker", broker, "--state", str(out / "server-state"), "--threads", "1",
+        "--clients", str(out / "clients"), "--broker", broker, "--state", str(out / "server-state"),
+        "--threads", str(threads),
     ]  # fmt: skip
     return cluster.start("server", "server", arguments)
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 from xml.etree import ElementTree
 
@@ -168,7 +169,7 @@ def test_ticks_enclose_the_values_evenly(a: float, b: float) -> None:
     assert marks[0] <= low + room
     assert marks[-1] >= high - room
     assert 2 <= len(marks) <= 12
-    assert all(first < second for first, second in zip(marks, marks[1:], strict=False))
+    assert all(first < second for first, second in itertools.pairwise(marks))
 
 
 def test_ticks_are_ones_twos_or_fives() -> None:
