@@ -27,10 +27,10 @@ def default_job(model: str, clients: int, seed: int) -> Job:
         split=Split(head_blocks=1, tail_blocks=1),
         method=Full(),
         training=Training(
-            per_device_train_batch_size=8, learning_rate=3e-3, weight_decay=0.01, warmup_ratio=0.1, seed=seed
+            per_device_train_batch_size=8, learning_rate=2e-3, weight_decay=0.01, warmup_ratio=0.1, seed=seed
         ),
         data=Data(max_length=128),
-        rounds=Rounds(count=20, local_steps=10, evaluate_every=4),
+        rounds=Rounds(count=24, local_steps=10, evaluate_every=4),
         cohort=Cohort(clients=clients),
     )
 

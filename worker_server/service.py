@@ -176,6 +176,7 @@ class Service:
             case Confirm():
                 return []
             case Join():
+                self._supersede(session, now)
                 event(logger, "client_joined", session=session.id, client=session.client, rows=message.rows)
                 return self.lockstep.joined(self.intake.join(session, message), now)
             case Forward(purpose="train"):
@@ -190,6 +191,12 @@ class Service:
             case Leave():
                 self._left(session.id, "left", now)
                 return []
+
+    def _supersede(self, session: Session, now: float) -> None:
+        """End older sessions of this client: it was killed and is back before the broker has missed it."""
+        for other in self.sessions:
+            if other.client == session.client and other.id != session.id:
+                self._end(other.id, "superseded", "this client has joined with another session", now)
 
     def _left(self, session_id: bytes, code: str, now: float) -> None:
         session = self.sessions.close(session_id)
