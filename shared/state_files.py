@@ -37,8 +37,8 @@ def save(folder: Path, number: int, tensors: Mapping[str, Tensor], facts: Mappin
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, draft / TENSORS)
-        digest = hashlib.sha256((draft / TENSORS).read_bytes()).hexdigest()
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, draft / TENSORS)
+        digest = _digest(draft / TENSORS)
         document = {"format": FORMAT, "number": number, "tensors_sha256": digest, "facts": dict(facts)}
         (draft / FACTS).write_text(json.dumps(document, indent=1, sort_keys=True))
         for name in (TENSORS, FACTS):
@@ -67,10 +67,10 @@ def load(folder: Path, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = folder / f"checkpoint-{number}"
     try:
         document = json.loads((path / FACTS).read_text())
-        raw = (path / TENSORS).read_bytes()
+        digest = _digest(path / TENSORS)
         if document["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {document['format']}, this version reads {FORMAT}")
-        if hashlib.sha256(raw).hexdigest() != document["tensors_sha256"]:
+        if digest != document["tensors_sha256"]:
             raise CheckpointError(
                 f"{path}: {TENSORS} is not what was written", hint=f"remove {path} to use an older one"
             )
@@ -79,6 +79,11 @@ def load(folder: Path, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a checkpoint ({type(error).__name__})") from None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:
