@@ -60,7 +60,7 @@ def run_demo(settings: DemoSettings, format: Format) -> Report:
 
         joint = train_together(job, sites, out, watch)
     baselines = _baselines(job, rows, console)
-    report = _report(job, joint, baselines)
+    report = _report(job, joint, baselines, accuracy=settings.model is None)
     write_report(report, out)
     if format is Format.TXT:
         console.print(summary_table(report))
@@ -163,14 +163,14 @@ def _baselines(
     return {name: results[name] for name in runs}
 
 
-def _report(job: Job, joint: LocalRun, baselines: Mapping[str, Baseline]) -> Report:
+def _report(job: Job, joint: LocalRun, baselines: Mapping[str, Baseline], *, accuracy: bool) -> Report:
+    """Measured by the share of right diagnoses, or by the loss where answers are free text."""
     names = sorted(joint.events)
     final = {name: _last_score(events) for name, events in joint.events.items()}
-    higher = job.method.type == "full"
-    metric = "accuracy" if higher else "loss"
+    metric = "accuracy" if accuracy else "loss"
 
     def measure(score: Score) -> float:
-        return score.accuracy if higher else score.loss
+        return score.accuracy if accuracy else score.loss
 
     def overall(scores: Mapping[str, Score]) -> float:
         return measure(sum(scores.values(), start=NO_SCORE))
@@ -178,14 +178,14 @@ def _report(job: Job, joint: LocalRun, baselines: Mapping[str, Baseline]) -> Rep
     pooled = baselines[POOLED].scores
     quality = Quality(
         metric=metric,
-        higher_is_better=higher,
+        higher_is_better=accuracy,
         joint=overall(final),
         centralised=overall(pooled),
         alone={name: overall(baselines[name].scores) for name in names},
     )
     steps = [event for events in joint.events.values() for event in events if event.get("event") == "step"]
     return Report(
-        title="Three hospitals, one model" if job.name == "hospitals" else job.name,
+        title="Three hospitals, one model" if accuracy else f"{job.name}: {len(names)} clients, one model",
         metric=metric,
         quality=quality,
         by_client={
