@@ -13,6 +13,7 @@ from typing import Any
 import zmq
 from torch import Tensor
 
+from broker.routing import Router
 from broker.service import Broker
 from broker.settings import BrokerSettings
 from shared import state_files
@@ -83,6 +84,7 @@ class Serving:
     clients: dict[str, Identity]
     service: Background
     running: Server
+    broker: Broker
 
     def link(self, name: str) -> Link:
         """A link for the admitted client `name`, not yet entered."""
@@ -90,19 +92,23 @@ class Serving:
 
 
 @contextmanager
-def serving(job: Job, folder: Path, names: Sequence[str]) -> Iterator[Serving]:
-    """Broker and server for `job`, checkpoints under `folder`. An error of theirs is raised at the end."""
+def serving(job: Job, folder: Path, names: Sequence[str], router: Router | None = None) -> Iterator[Serving]:
+    """Broker and server for `job`, checkpoints under `folder`. An error of theirs is raised at the end.
+
+    `router`: the broker's logic, for those who want it to do more, or worse, than route.
+    """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     identities = {name: generate_identity(name) for name in names}
     admitted = {identity.public: name for name, identity in identities.items()}
     with Broker(BrokerSettings(frontend=CLIENTS, backend=SERVERS), context) as broker:
+        broker.router = router or broker.router
         routing = Background("broker", broker.run)
         identity = generate_identity("server")
         settings = ServerSettings(broker=SERVERS, state=folder / "server-state")
         server = Server(settings, job, identity, admitted.get, context)
         service = Background("server", server.run)
         try:
-            yield Serving(context, job, identity, identities, service, server)
+            yield Serving(context, job, identity, identities, service, server, broker)
         finally:
             server.stop()
             try:
@@ -113,7 +119,9 @@ def serving(job: Job, folder: Path, names: Sequence[str]) -> Iterator[Serving]:
     context.term()
 
 
-def train_in_process(job: Job, sites: Mapping[str, Site], folder: Path) -> dict[str, Outcome]:
+def train_in_process(
+    job: Job, sites: Mapping[str, Site], folder: Path, router: Router | None = None
+) -> dict[str, Outcome]:
     """Run the job to its end with these clients. Raises what any of them raised."""
     outcomes: dict[str, Outcome] = {}
 
@@ -125,7 +133,7 @@ def train_in_process(job: Job, sites: Mapping[str, Site], folder: Path) -> dict[
             Training(job, parts, trunk, site.train, site.validation, folder / name, events.append).run()
         outcomes[name] = Outcome(events, parts)
 
-    with serving(job, folder, sorted(sites)) as running:
+    with serving(job, folder, sorted(sites), router) as running:
         threads = [Background(name, lambda n=name, s=site: run(running, n, s)) for name, site in sites.items()]
         for thread in threads:
             thread.join()

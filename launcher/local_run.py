@@ -63,8 +63,8 @@ def train_together(
 ) -> LocalRun:
     """Run broker, server and one client a site to the job's end, all files under `out`; there again, it resumes.
 
-    Clients compute with one thread each. `watch` gets each client's events as they come. Raises JobError if `out` holds another job's run, RoleFailed with
-    the words of a process that failed, DeadlineExceeded if nothing moves.
+    Clients compute with one thread each. `watch` gets each client's events as they come. Raises JobError if `out` holds
+    another job's run, RoleFailed with the words of a process that failed, DeadlineExceeded if nothing moves.
     """
     prepare(job, sites, out)
     began = time.monotonic()

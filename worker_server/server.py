@@ -41,12 +41,12 @@ class Server:
         self.identity = identity
         self.admitted = admitted
         self.context = context or zmq.Context.instance()
-        self._service: Service | None = None
+        self.service: Service | None = None
         self._stop = threading.Event()
 
     @property
     def completed_rounds(self) -> int:
-        return 0 if self._service is None else self._service.lockstep.round
+        return 0 if self.service is None else self.service.lockstep.round
 
     @property
     def finished(self) -> bool:
@@ -55,8 +55,8 @@ class Server:
     def stop(self) -> None:
         """From any thread or a signal handler."""
         self._stop.set()
-        if self._service is not None:
-            self._service.stop()
+        if self.service is not None:
+            self.service.stop()
 
     def run(self) -> None:
         """Raises JobError, ModelError, CheckpointError, ConnectionFailed."""
@@ -72,7 +72,7 @@ class Server:
         waker = Waker()
         name = key_digest(self.identity.public)
         with BrokerConnection(self.context, self.settings.broker, "server", name) as connection:
-            self._service = Service(
+            self.service = Service(
                 self.settings,
                 Sessions(self.identity.private, self.admitted, self.job.digest(), self.settings.max_sessions),
                 Intake(
@@ -99,5 +99,5 @@ class Server:
                 ),
             )
             if not self._stop.is_set():
-                self._service.run()
+                self.service.run()
         waker.close()
