@@ -16,12 +16,13 @@ from launcher.in_process import CLIENTS, Outcome, Site, serving, train_in_proces
 from shared.errors import ConnectionFailed, EnvelopeError, FrameError, Refused
 from shared.identity import generate_identity
 from shared.job import Job
+from shared.model.plan import PartName
 from shared.payload.tensors import encode
 from shared.secure.records import Channel
 from shared.wire.envelope import Data, Envelope, Frame, parse
 from worker_client.link import Link
 
-PARTS = ("head", "trunk", "tail")
+PARTS: tuple[PartName, ...] = ("head", "trunk", "tail")
 
 
 @pytest.fixture

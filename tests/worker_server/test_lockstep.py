@@ -1,0 +1,305 @@
+"""The lockstep state machine, without I/O: its rules, its refusals, and random histories."""
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from worker_server.lockstep import (
+    Aggregate,
+    Finish,
+    Instruction,
+    Lockstep,
+    Refuse,
+    Restore,
+    RunBackward,
+    RunEvaluation,
+    RunForward,
+    StartRound,
+    Ticket,
+)
+
+A, B, C = b"a" * 16, b"b" * 16, b"c" * 16
+NAMES = {A: "anna", B: "berta", C: "clara"}
+
+
+def ticket(session: bytes, request: int = 1, **fields: Any) -> Ticket:
+    return Ticket(session, NAMES[session], request, None, **fields)
+
+
+def machine(clients: int = 2, rounds: int = 2, local_steps: int = 2) -> Lockstep:
+    return Lockstep(clients=clients, rounds=rounds, local_steps=local_steps, deadline_s=10)
+
+
+def started(clients: int = 2, **settings: int) -> Lockstep:
+    lockstep = machine(clients, **settings)
+    for session in [A, B, C][:clients]:
+        lockstep.joined(ticket(session), 0)
+    return lockstep
+
+
+def step(lockstep: Lockstep, sessions: list[bytes]) -> list[Instruction]:
+    """All of a step's requests; what its end brings."""
+    round_, number = lockstep.round, lockstep.step
+    for session in sessions:
+        lockstep.forward(ticket(session, 5), round_, number, 0)
+    lockstep.forward_done()
+    for session in sessions:
+        lockstep.backward(ticket(session, 6, forward=5), 0)
+    return lockstep.backward_done()
+
+
+def snapshot(lockstep: Lockstep) -> dict[str, Any]:
+    return {name: value.copy() if isinstance(value, dict | list) else value for name, value in vars(lockstep).items()}
+
+
+def test_a_round_begins_when_enough_clients_are_there() -> None:
+    lockstep = machine()
+    assert lockstep.joined(ticket(B), 0) == []
+    assert lockstep.joined(ticket(A), 0) == [StartRound(0, (ticket(A), ticket(B)))]
+
+
+def test_the_cohort_has_the_order_of_names_whoever_was_first() -> None:
+    lockstep = started()
+    assert lockstep.forward(ticket(B, 7), 0, 0, 0) == []
+    assert lockstep.forward(ticket(A, 9), 0, 0, 1) == [RunForward((ticket(A, 9), ticket(B, 7)))]
+
+
+def test_a_step_is_one_forward_and_one_backward_for_all() -> None:
+    lockstep = started()
+    lockstep.forward(ticket(A, 5), 0, 0, 0)
+    lockstep.forward(ticket(B, 5), 0, 0, 0)
+    assert lockstep.forward_done() == []
+    assert lockstep.backward(ticket(A, 6, forward=5), 0) == []
+    work = lockstep.backward(ticket(B, 6, forward=5), 0)
+    assert work == [RunBackward((ticket(A, 5), ticket(B, 5)), {A: ticket(A, 6, forward=5), B: ticket(B, 6, forward=5)})]
+    assert lockstep.backward_done() == []
+    assert (lockstep.round, lockstep.step) == (0, 1)
+
+
+def test_after_the_last_step_come_updates_and_the_next_round() -> None:
+    lockstep = started()
+    step(lockstep, [A, B])
+    step(lockstep, [A, B])
+    assert lockstep.stage == "updating"
+    lockstep.update(ticket(B, 8, weight=3), 0, 0)
+    assert lockstep.update(ticket(A, 8, weight=1), 0, 0) == [
+        Aggregate(0, (ticket(A, 8, weight=1), ticket(B, 8, weight=3)))
+    ]
+    assert lockstep.aggregation_done() == [StartRound(1, (ticket(A, 8, weight=1), ticket(B, 8, weight=3)))]
+
+
+def test_after_the_last_round_all_are_told() -> None:
+    lockstep = started(rounds=1, local_steps=1)
+    step(lockstep, [A, B])
+    lockstep.joined(ticket(C), 0)
+    lockstep.update(ticket(A, 8), 0, 0)
+    lockstep.update(ticket(B, 8), 0, 0)
+    assert lockstep.aggregation_done() == [Finish((ticket(A, 8), ticket(B, 8), ticket(C)))]
+    lockstep.left(C, 0)
+    assert lockstep.joined(ticket(C), 0) == [Finish((ticket(C),))]
+
+
+def test_who_comes_late_waits_for_the_next_round() -> None:
+    lockstep = started(local_steps=1)
+    assert lockstep.joined(ticket(C), 0) == []
+    step(lockstep, [A, B])
+    lockstep.update(ticket(A, 8), 0, 0)
+    lockstep.update(ticket(B, 8), 0, 0)
+    assert lockstep.aggregation_done() == [StartRound(1, (ticket(A, 8), ticket(B, 8), ticket(C)))]
+
+
+@pytest.mark.parametrize("stage", ["forward", "forwarding", "backward", "backwarding", "updating", "aggregating"])
+def test_whoever_leaves_does_not_stall_the_rest(stage: str) -> None:
+    lockstep = started(local_steps=1)
+    advance(lockstep, stage)
+    work = lockstep.left(B, 0)
+    if stage == "forward":
+        assert work == [RunForward((ticket(A, 5),))]
+    elif stage == "backward":
+        assert work == [RunBackward((ticket(A, 5), ticket(B, 5)), {A: ticket(A, 6, forward=5)})]
+    elif stage == "updating":
+        assert work == [Aggregate(0, (ticket(A, 8),))]
+    else:
+        assert work == []
+    assert list(lockstep.active) == [A]
+
+
+def advance(lockstep: Lockstep, stage: str) -> None:
+    """To `stage`, with A's request there and B's missing where requests are collected."""
+    lockstep.forward(ticket(A, 5), 0, 0, 0)
+    if stage == "forward":
+        return
+    lockstep.forward(ticket(B, 5), 0, 0, 0)
+    if stage == "forwarding":
+        return
+    lockstep.forward_done()
+    lockstep.backward(ticket(A, 6, forward=5), 0)
+    if stage == "backward":
+        return
+    lockstep.backward(ticket(B, 6, forward=5), 0)
+    if stage == "backwarding":
+        return
+    lockstep.backward_done()
+    lockstep.update(ticket(A, 8), 0, 0)
+    if stage == "updating":
+        return
+    lockstep.update(ticket(B, 8), 0, 0)
+    assert lockstep.stage == stage
+
+
+def test_a_round_without_members_is_undone_and_begun_anew() -> None:
+    lockstep = started()
+    step(lockstep, [A, B])
+    assert lockstep.left(A, 0) == []
+    lockstep.joined(ticket(C), 0)
+    assert lockstep.left(B, 0) == [Restore(0), StartRound(0, (ticket(C),))]
+    assert lockstep.step == 0
+
+
+def test_who_misses_the_deadline_is_left_behind() -> None:
+    lockstep = started()
+    assert lockstep.deadline() is None
+    lockstep.forward(ticket(A, 5), 0, 0, 100)
+    assert lockstep.deadline() == 110
+    assert lockstep.tick(109) == []
+    assert lockstep.tick(110) == [RunForward((ticket(A, 5),))]
+    assert isinstance(lockstep.forward(ticket(B, 5), 0, 0, 111)[0], Refuse)
+
+
+def test_evaluations_are_answered_together_and_one_batch_at_a_time() -> None:
+    lockstep = started()
+    assert lockstep.evaluate(ticket(B, 3)) == [RunEvaluation((ticket(B, 3),))]
+    assert lockstep.evaluate(ticket(A, 4)) == []
+    assert lockstep.evaluate(ticket(B, 5)) == []
+    assert lockstep.evaluation_done() == [RunEvaluation((ticket(A, 4), ticket(B, 5)))]
+    assert lockstep.evaluation_done() == []
+
+
+def test_a_resumed_job_goes_on_at_its_round_and_waits_for_all_clients() -> None:
+    lockstep = Lockstep(clients=2, rounds=5, local_steps=1, deadline_s=1, round=3)
+    assert lockstep.joined(ticket(A), 0) == []
+    assert lockstep.joined(ticket(B), 0) == [StartRound(3, (ticket(A), ticket(B)))]
+
+
+@pytest.mark.parametrize(
+    ("event", "code"),
+    [
+        (lambda m: m.joined(ticket(A), 0), "joined_already"),
+        (lambda m: m.joined(Ticket(C, "anna", 1, None), 0), "name_in_use"),
+        (lambda m: m.forward(ticket(C), 0, 0, 0), "not_in_round"),
+        (lambda m: m.forward(ticket(B), 0, 1, 0), "wrong_step"),
+        (lambda m: m.forward(ticket(B), 1, 0, 0), "wrong_step"),
+        (lambda m: m.forward(ticket(A), 0, 0, 0), "repeated"),
+        (lambda m: m.backward(ticket(A, forward=5), 0), "wrong_step"),
+        (lambda m: m.update(ticket(A), 0, 0), "wrong_step"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_changes_nothing(event: Any, code: str) -> None:
+    lockstep = started()
+    advance(lockstep, "forward")
+    before = snapshot(lockstep)
+    (refusal,) = event(lockstep)
+    assert refusal.code == code
+    assert snapshot(lockstep) == before
+
+
+@pytest.mark.parametrize(
+    ("event", "code"),
+    [
+        (lambda m: m.backward(ticket(A, 7, forward=5), 0), "repeated"),
+        (lambda m: m.backward(ticket(B, 7, forward=4), 0), "wrong_step"),
+        (lambda m: m.backward(ticket(B, 7, forward=5, tokens=3), 0), "tensor"),
+        (lambda m: m.forward(ticket(B), 0, 0, 0), "wrong_step"),
+    ],
+)
+def test_a_gradient_that_does_not_fit_is_refused(event: Any, code: str) -> None:
+    lockstep = started()
+    advance(lockstep, "backward")
+    before = snapshot(lockstep)
+    (refusal,) = event(lockstep)
+    assert refusal.code == code
+    assert snapshot(lockstep) == before
+
+
+class Histories(RuleBasedStateMachine):
+    """Any events in any order: never an exception, never two training works at once, cohorts of members only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lockstep = machine(clients=2, rounds=3, local_steps=2)
+        self.running: Instruction | None = None
+        self.evaluating = False
+        self.now = 0.0
+
+    def carry(self, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
+            if isinstance(instruction, RunForward | RunBackward | Aggregate):
+                assert self.running is None
+                self.running = instruction
+            if isinstance(instruction, RunForward):
+                assert [t.session for t in instruction.tickets] == sorted(self.lockstep.active)
+            if isinstance(instruction, RunBackward):
+                assert instruction.gradients.keys() <= {t.session for t in instruction.forwards}
+            if isinstance(instruction, RunEvaluation):
+                assert not self.evaluating
+                self.evaluating = True
+
+    @rule(session=st.sampled_from([A, B, C]))
+    def join(self, session: bytes) -> None:
+        self.carry(self.lockstep.joined(ticket(session), self.now))
+
+    @rule(session=st.sampled_from([A, B, C]), off=st.integers(0, 1))
+    def forward(self, session: bytes, off: int) -> None:
+        self.carry(self.lockstep.forward(ticket(session, 5), self.lockstep.round, self.lockstep.step + off, self.now))
+
+    @rule(session=st.sampled_from([A, B, C]), forward=st.sampled_from([5, 5, 4]))
+    def backward(self, session: bytes, forward: int) -> None:
+        self.carry(self.lockstep.backward(ticket(session, 6, forward=forward), self.now))
+
+    @rule(session=st.sampled_from([A, B, C]))
+    def update(self, session: bytes) -> None:
+        self.carry(self.lockstep.update(ticket(session, 8, weight=1), self.lockstep.round, self.now))
+
+    @rule(session=st.sampled_from([A, B, C]))
+    def evaluate(self, session: bytes) -> None:
+        self.carry(self.lockstep.evaluate(ticket(session, 9)))
+
+    @rule(session=st.sampled_from([A, B, C]))
+    def leave(self, session: bytes) -> None:
+        self.carry(self.lockstep.left(session, self.now))
+
+    @rule(seconds=st.floats(0, 20))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.carry(self.lockstep.tick(self.now))
+
+    @precondition(lambda self: self.running is not None)
+    @rule()
+    def computed(self) -> None:
+        done, self.running = self.running, None
+        if isinstance(done, RunForward):
+            self.carry(self.lockstep.forward_done())
+        elif isinstance(done, RunBackward):
+            self.carry(self.lockstep.backward_done())
+        else:
+            self.carry(self.lockstep.aggregation_done())
+
+    @precondition(lambda self: self.evaluating)
+    @rule()
+    def evaluated(self) -> None:
+        self.evaluating = False
+        self.carry(self.lockstep.evaluation_done())
+
+    @invariant()
+    def somebody_is_waited_for(self) -> None:
+        """Never is a stage collected that nobody is missing from: it would not move."""
+        if self.lockstep.stage in ("forward", "backward", "updating"):
+            missing = self.lockstep.active.keys() - self.lockstep._collected().keys()
+            assert missing
+
+
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
