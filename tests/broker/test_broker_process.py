@@ -101,8 +101,9 @@ def test_a_worker_that_disappears_is_noticed_and_the_other_is_told(connect: Conn
 
 
 def test_a_reader_that_does_not_read_stalls_nobody_else(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, server = connect("client"), connect("server")
     monkeypatch.setattr(shared.wire.connection, "HIGH_WATER_MARK", 2)
-    lazy, other, server = connect("client"), connect("client"), connect("server")
+    lazy = connect("client")
     session_of(lazy, server)
     session_of(other, server, b"y" * 16)
     # The first client reads nothing; what does not fit its queue ends its session.
