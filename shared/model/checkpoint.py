@@ -88,7 +88,7 @@ class Checkpoint:
             path = self.file(INDEX)
             try:
                 return {str(name): str(file) for name, file in json.loads(path.read_text())["weight_map"].items()}
-            except (ValueError, KeyError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise ModelError(f"{path}: not a safetensors index") from None
         if not self._has(SINGLE):
             raise ModelError(
@@ -134,13 +134,16 @@ class Checkpoint:
         config = self.config.to_dict()
         for cosmetic in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"):
             config.pop(cosmetic, None)
-        table, weights = hashlib.sha256(), hashlib.sha256()
-        for file in sorted(set(self.files.values())):
+        rows: dict[str, tuple[str, bytes]] = {}
+        for file in set(self.files.values()):
             with self._open(file) as tensors:
-                rows = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-                for name in sorted(rows):
-                    table.update(f"{name} {rows[name].get_dtype()} {rows[name].get_shape()}\n".encode())
-                    weights.update(_first_bytes(rows[name]))
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    tensor = tensors.get_slice(name)
+                    rows[name] = (f"{name} {tensor.get_dtype()} {tensor.get_shape()}\n", _first_bytes(tensor))
+        table, weights = hashlib.sha256(), hashlib.sha256()
+        for name in sorted(rows):  # however the tensors are spread over files
+            table.update(rows[name][0].encode())
+            weights.update(rows[name][1])
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         return Fingerprint(digest.hexdigest(), table.hexdigest(), weights.hexdigest())
 

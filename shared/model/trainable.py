@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from shared.errors import JobError
 from shared.job import Job, Lora
@@ -40,6 +41,7 @@ def add_lora(module: nn.Module, lora: Lora, default_targets: tuple[str, ...]) ->
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=list(lora.target_modules or default_targets),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in module.modules()),  # GPT-2 keeps weights transposed
     )
     try:
         inject_adapter_in_model(config, module, ADAPTER)

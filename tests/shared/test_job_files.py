@@ -1,0 +1,85 @@
+"""The job: one file, checked when read, the same digest however it is written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shared.errors import JobError
+from shared.job import Job, load_job, parse_job
+
+JOB = {"model_name_or_path": "m", "rounds": {"count": 3, "local_steps": 4}, "method": {"type": "lora", "r": 4}}
+
+
+def test_a_job_is_the_same_from_yaml_and_json(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(JOB))
+    job = load_job(path)
+    assert job == parse_job(dict(reversed(list(JOB.items()))), "x")
+    assert job == parse_job(yaml.safe_load(job.canonical()), "x")
+    assert job.total_steps == 12
+    path.write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    assert load_job(path).digest() == job.digest()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "other"},
+        {"split": {"head_blocks": 2}},
+        {"method": {"type": "lora", "r": 5}},
+        {"method": {"type": "full"}},
+        {"training": {"seed": 1}},
+        {"training": {"parts": ["trunk"]}},
+        {"data": {"too_long": "skip"}},
+        {"rounds": {"count": 3, "local_steps": 5}},
+        {"cohort": {"deadline_s": 3}},
+        {"wire": {"gradient": "bfloat16"}},
+    ],
+)
+def test_the_digest_covers_every_setting(change: dict[str, Any]) -> None:
+    assert parse_job(JOB | change, "x").digest() != parse_job(JOB, "x").digest()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"trainin": {}}, "unknown setting 'trainin'; did you mean 'training'?"),
+        ({"training": {"learning_rat": 1}}, "did you mean 'learning_rate'"),
+        ({"training": {"learning_rate": -1}}, "training.learning_rate"),
+        ({"training": {"learning_rate": float("inf")}}, "training.learning_rate"),
+        ({"training": {"parts": []}}, "training.parts"),
+        ({"training": {"parts": ["head", "head"]}}, "names a part twice"),
+        ({"split": {"head_blocks": 0}}, "split.head_blocks"),
+        ({"method": {"type": "magic"}}, "method"),
+        ({"data": {"max_length": 2048}, "training": {"per_device_train_batch_size": 64}}, "cohort.max_batch_tokens"),
+        ({"wire": {"hidden": "float64"}}, "wire.hidden"),
+    ],
+)
+def test_a_fault_is_one_line_that_names_the_setting(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(JobError) as error:
+        parse_job(JOB | change, "job.yaml")
+    assert said in error.value.message
+    assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"- a\n", "mapping"), (b"a: [", "not YAML"), (b"\xff\xfe", "not YAML"), (b"", "mapping")]
+)
+def test_a_file_that_is_no_job_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(content)
+    with pytest.raises(JobError, match=said):
+        load_job(path)
+
+
+def test_an_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"none\.yaml: No such file"):
+        load_job(tmp_path / "none.yaml")
+
+
+def test_settings_cannot_be_changed_after_the_fact() -> None:
+    job = Job(model_name_or_path="m")
+    with pytest.raises(ValueError, match="frozen"):
+        job.name = "other"
