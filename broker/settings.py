@@ -1,11 +1,12 @@
 """The broker's settings."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from shared.wire.envelope import Seconds
 
 Positive = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0)]
 
 
 class BrokerSettings(BaseModel):
@@ -29,3 +30,9 @@ class BrokerSettings(BaseModel):
     """Larger frames end the connection that sent them."""
     high_water_mark: Positive = 1000
     """Messages queued towards one worker before it counts as too slow."""
+
+    @model_validator(mode="after")
+    def _pings_come_in_time(self) -> Self:
+        if self.timeout_s <= self.heartbeat_s:
+            raise ValueError("timeout_s must be larger than heartbeat_s: whoever pings in time would count as gone")
+        return self

@@ -46,8 +46,14 @@ class _Text(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         when = time.strftime("%H:%M:%S", time.localtime(record.created))
-        fields = "".join(f"  {key}={value}" for key, value in getattr(record, "fields", {}).items())
+        fields = "".join(f"  {key}={_one_line(value)}" for key, value in getattr(record, "fields", {}).items())
         return f"{when} {record.levelname:7} {self.role:7} {record.getMessage()}{fields}"
+
+
+def _one_line(value: str | int | float | bool | None) -> str:
+    """Text from outside must not forge a line or steer the terminal."""
+    text = str(value)
+    return text if text.isprintable() else ascii(text)
 
 
 class _Json(logging.Formatter):

@@ -23,11 +23,13 @@ from shared.errors import EnvelopeError, FrameError
 MAX_HEADER_BYTES = 1024
 MAX_BODY_FRAMES = 4096
 MAX_REASON_CHARS = 300
+MAX_SECONDS = 3600
 
 SessionId = Annotated[bytes, Field(min_length=16, max_length=16)]
 Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 SequenceNumber = Annotated[int, Field(ge=0, lt=2**63)]
+Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)]
 
 Frame = bytes | bytearray | memoryview
 
@@ -61,8 +63,8 @@ class Welcome(Header):
     """The broker's answer to HELLO: how often to PING, and after how long a silent peer counts as gone (seconds)."""
 
     version: int
-    heartbeat_s: float
-    timeout_s: float
+    heartbeat_s: Seconds
+    timeout_s: Seconds
 
 
 class Ping(Header):

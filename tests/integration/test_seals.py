@@ -20,7 +20,9 @@ from shared.model.plan import PartName
 from shared.payload.tensors import encode
 from shared.secure.records import Channel
 from shared.wire.envelope import Data, Envelope, Frame, parse
+from worker_client.batches import pack_rows
 from worker_client.link import Link
+from worker_client.remote_trunk import RemoteTrunk
 
 PARTS: tuple[PartName, ...] = ("head", "trunk", "tail")
 
@@ -154,8 +156,10 @@ def test_forged_records_change_nothing(job: Job, tmp_path: Path) -> None:
 
 def test_each_forgery_is_refused_with_its_own_code(job: Job, tmp_path: Path) -> None:
     router = AttackingRouter()
-    with serving(job, tmp_path, ["a", "b"], router) as running, running.link("a"):
-        pass
+    batch = pack_rows(random_rows(2, 0))
+    with serving(job, tmp_path, ["a", "b"], router) as running, running.link("a") as link:
+        for _ in range(2):  # once answered, all that was forged before has been looked at
+            RemoteTrunk(link, job, 60).evaluate(torch.zeros(batch.tokens, 32), batch)
     service = running.running.service
     assert service is not None
     assert service.counters["refused_seal"] > 0
