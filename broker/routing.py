@@ -118,7 +118,7 @@ class Router:
         if known is None:
             return []
         self.counters["peers_gone"] += 1
-        if known.identity is not None and self.servers.get(known.identity) == peer:
+        if known.identity is not None:
             del self.servers[known.identity]
         code = f"{peer.side}_gone"
         sends = []

@@ -15,6 +15,8 @@ from shared.wire.waker import Waker
 
 MAX_MESSAGES_A_TURN = 256
 LINGER_MS = 500
+# A signal that comes just before the wait does not interrupt it: its handler, and so `stop()`, runs after the wait.
+MAX_WAIT_S = 0.2
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,8 @@ class Broker:
         tick_s = min(self.settings.heartbeat_s, self.settings.timeout_s / 4)
         next_tick = time.monotonic() + tick_s
         while not self._stopping:
-            poller.poll(int(max(0.0, next_tick - time.monotonic()) * 1000) + 1)
+            wait_s = min(MAX_WAIT_S, max(0.0, next_tick - time.monotonic()))
+            poller.poll(int(wait_s * 1000) + 1)
             self.waker.drain()
             for side in self.sockets:
                 self._receive(side)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateError
 
 from shared.errors import DataError
 
@@ -71,13 +72,13 @@ def load_rows(
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers and objects. Blank lines are passed over. Raises DataError."""
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 try:
                     record = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise DataError(f"{path}:{number}: not JSON ({error}); expected {EXPECTED}") from None
                 if not isinstance(record, dict):
                     raise DataError(f"{path}:{number}: not a JSON object; expected {EXPECTED}")
@@ -93,12 +94,11 @@ def tokenize(record: dict[str, Any], tokenizer: Any) -> Row:
     if "messages" in record:
         return _messages(record["messages"], tokenizer)
     if "prompt" in record and "completion" in record:
-        prompt = tokenizer(_text(record, "prompt")).input_ids
-        completion = tokenizer(_text(record, "completion"), add_special_tokens=False).input_ids
-        completion = [*completion, _end_token(tokenizer)]
+        prompt = _ids(tokenizer, _text(record, "prompt"))
+        completion = [*_ids(tokenizer, _text(record, "completion"), add_special_tokens=False), _end_token(tokenizer)]
         return Row((*prompt, *completion), (False,) * len(prompt) + (True,) * len(completion))
     if "text" in record:
-        ids = [*tokenizer(_text(record, "text")).input_ids, _end_token(tokenizer)]
+        ids = [*_ids(tokenizer, _text(record, "text")), _end_token(tokenizer)]
         return Row(tuple(ids), (True,) * len(ids))
     raise DataError(f"keys {sorted(record)[:6]}; expected {EXPECTED}")
 
@@ -125,8 +125,19 @@ def _messages(messages: Any, tokenizer: Any) -> Row:
 
 
 def _template(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        raise DataError(f"the chat template refuses these messages ({error})") from None
+    return _ids(tokenizer, text, add_special_tokens=False)
+
+
+def _ids(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError("half of a surrogate pair (\\ud800 to \\udfff) is no text") from None
+    ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens).input_ids
     return ids
 
 

@@ -110,6 +110,8 @@ class Link:
         except queue.Full:
             raise ConnectionFailed(f"more than {MAX_IN_FLIGHT} requests wait to be sent") from None
         self.waker.wake()
+        if self.failure is not None:  # the link ended just now, perhaps without seeing this call
+            raise self.failure
         return call.answer
 
     def call(self, message: Message, frames: Sequence[Frame] = (), *, timeout_s: float) -> Answer:

@@ -40,7 +40,7 @@ class Training:
     completed: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.optimizer = PartOptimizer(self.parts.parameters, self.job.training, self.job.total_steps)
+        self.optimizer = self._fresh_optimizer()
 
     def run(self) -> Score | None:
         """Train until the job is finished; the joint model's score on the validation rows, if there are any."""
@@ -131,6 +131,9 @@ class Training:
 
     # State
 
+    def _fresh_optimizer(self) -> PartOptimizer:
+        return PartOptimizer(self.parts.parameters, self.job.training, self.job.total_steps)
+
     def _trained(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.parts.parameters.items()}
 
@@ -167,6 +170,7 @@ class Training:
         if facts.get("job") != self.job.digest().hex():
             raise CheckpointError(f"{self.out}: holds checkpoints of another job", hint="give --out another folder")
         load_trained(self.parts.parameters, _under("trained/", tensors))
+        self.optimizer = self._fresh_optimizer()
         self.optimizer.load_state(_under("optimizer/", tensors), int(facts["steps"]))
         torch.set_rng_state(tensors["random/torch"])
         self.completed = number

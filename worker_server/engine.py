@@ -40,7 +40,7 @@ class Engine:
         self.thread.start()
 
     def submit(self, work: Work) -> None:
-        """Lockstep keeps at most a training step and an evaluation under way, so the queue never fills."""
+        """Lockstep has at most an undone round, a training step and an evaluation under way: the queue never fills."""
         self.works.put_nowait(work)
 
     def collect(self) -> list[Computed]:

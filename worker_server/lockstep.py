@@ -40,7 +40,6 @@ class Ticket:
     tokens: int = 0
     weight: int = 0
     forward: int = 0
-    wants_gradient: bool = True
 
 
 @dataclass(frozen=True)
@@ -258,11 +257,13 @@ class Lockstep:
         return self._advance()
 
     def _undo_round(self) -> list[Instruction]:
+        # Nothing ran yet, nothing to undo: clients that come and go must not queue restores without end.
+        undo = [] if (self.stage, self.step) == ("forward", 0) else [Restore(self.round)]
         self.step = 0
         self.forwards, self.gradients, self.updates = {}, {}, {}
         self.since = None
         self.stage = "waiting"
-        return [Restore(self.round), *self._begin_round()]
+        return [*undo, *self._begin_round()]
 
     def _begin_round(self) -> list[Instruction]:
         if len(self.lobby) < (1 if self.started else self.clients):

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 import zmq
@@ -69,9 +70,11 @@ class Server:
         fingerprint = checkpoint.fingerprint()
         progress = Progress(self.settings.state, self.job, fingerprint, Trunk(part, self.job, self.settings.device))
         progress.begin()
-        waker = Waker()
         name = key_digest(self.identity.public)
-        with BrokerConnection(self.context, self.settings.broker, "server", name) as connection:
+        with (
+            closing(Waker()) as waker,
+            BrokerConnection(self.context, self.settings.broker, "server", name) as connection,
+        ):
             self.service = Service(
                 self.settings,
                 Sessions(self.identity.private, self.admitted, self.job.digest(), self.settings.max_sessions),
@@ -100,4 +103,3 @@ class Server:
             )
             if not self._stop.is_set():
                 self.service.run()
-        waker.close()

@@ -148,7 +148,7 @@ class Service:
     def _open(self, envelope: Envelope, header: Open, now: float) -> None:
         try:
             session, accept = self.sessions.open(envelope, now)
-        except (Refused, FlglmError) as error:
+        except FlglmError as error:
             self._count_refusal(error, header.session)
             self._close(header.session, code_of(error), error.message)
             return

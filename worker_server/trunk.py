@@ -6,6 +6,7 @@ divided by the same number, and the head gets the gradient of the client's own m
 nothing is rounded.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor
 
 from shared.job import Job
+from shared.logs import event
 from shared.model.carve import Part
 from shared.model.optimizer import PartOptimizer
 from shared.model.trainable import load_trained, trained
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,11 @@ class Trunk:
 
     def __init__(self, part: Part, job: Job, device: str = "cpu") -> None:
         self.part = part
+        self.job = job
         self.device = device
         self.max_batch_tokens = job.cohort.max_batch_tokens
         self.parameters = trained([part])
-        self.optimizer = PartOptimizer(self.parameters, job.training, job.total_steps)
+        self.optimizer = self._fresh_optimizer()
         self.graphs: list[Graph] = []
 
     def forward(self, cohort: Sequence[Rows]) -> list[Tensor]:
@@ -64,7 +69,8 @@ class Trunk:
         """One backward of the kept graph and one optimizer step.
 
         `gradients`: one (T_i, d) per client of the forward's cohort, None for one that is absent, which then counts
-        for nothing. Returns each client's gradient at the trunk's input, or None where it was not wanted.
+        for nothing. Returns each client's gradient at the trunk's input, or None where it was not wanted. A step whose
+        gradients overflow moves nothing.
         """
         present = [g is not None for g in gradients]
         cohort = [rows for graph in self.graphs for rows in graph.rows]
@@ -84,6 +90,7 @@ class Trunk:
                 wanted = rows.wants_gradient and g is not None and own is not None
                 results.append(own / share if wanted and own is not None and share else None)
         self.graphs = []
+        self._forget_overflow()
         self.optimizer.step()
         return results
 
@@ -105,9 +112,21 @@ class Trunk:
     def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
         """Continue from `state()`, taken after `steps` optimizer steps."""
         load_trained(self.parameters, _under("trunk/", state))
+        self.optimizer = self._fresh_optimizer()
         self.optimizer.load_state(_under("optimizer/", state), steps)
         torch.set_rng_state(state["random/torch"])
         self.graphs = []
+
+    def _fresh_optimizer(self) -> PartOptimizer:
+        return PartOptimizer(self.parameters, self.job.training, self.job.total_steps)
+
+    def _forget_overflow(self) -> None:
+        """One client's huge numbers, finite when they came, must not become everyone's NaN."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if gradients and not bool(torch.stack([g.isfinite().all() for g in gradients]).all()):
+            event(logger, "step_overflowed", level=logging.WARNING, step=self.optimizer.steps)
+            for parameter in self.parameters.values():
+                parameter.grad = None
 
     def _pack(self, rows: Sequence[Rows]) -> Tensor:
         return torch.cat([r.hidden for r in rows]).to(self.device)

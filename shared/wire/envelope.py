@@ -22,7 +22,7 @@ from shared.errors import EnvelopeError, FrameError
 
 MAX_HEADER_BYTES = 1024
 MAX_BODY_FRAMES = 4096
-MAX_REASON_CHARS = 300
+MAX_REASON_CHARS = 200  # of 4 bytes in UTF-8 at most, so that the header fits
 MAX_SECONDS = 3600
 
 SessionId = Annotated[bytes, Field(min_length=16, max_length=16)]

@@ -1,5 +1,7 @@
 """Whole jobs in one process: exact against plain PyTorch, exact when interrupted, alive when a client is not."""
 
+import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from benchmarks.fidelity import GOAL, compare, make_job, random_rows
 from benchmarks.tiny_models import save_tiny_model
 from launcher.in_process import Background, Outcome, Serving, Site, serving, train_in_process, trunk_tensors
 from shared import state_files
-from shared.errors import FlglmError, Refused
+from shared.errors import ConnectionFailed, FlglmError, Refused
 from shared.job import Job
 from shared.model.checkpoint import Checkpoint
 from shared.model.plan import PartName
@@ -21,7 +23,7 @@ from worker_client.batches import pack_rows
 from worker_client.client import check_same_model
 from worker_client.head_tail import load_client_parts
 from worker_client.remote_trunk import RemoteTrunk
-from worker_client.training import Training
+from worker_client.training import Report, Training
 
 ALL: tuple[PartName, ...] = ("head", "trunk", "tail")
 WAIT_S = 60.0
@@ -61,6 +63,10 @@ def run_until(running: Serving, job: Job, name: str, site: Site, folder: Path, s
         if stop_at is not None and event["event"] == "step" and (event["round"], event["step"]) == stop_at:
             raise Interrupted
 
+    train(running, job, name, site, folder, report)
+
+
+def train(running: Serving, job: Job, name: str, site: Site, folder: Path, report: Report) -> None:
     parts = load_client_parts(Checkpoint(job.model_name_or_path), job)
     with running.link(name) as link:
         trunk = RemoteTrunk(link, job, WAIT_S)
@@ -91,6 +97,47 @@ def test_an_interrupted_run_ends_bit_equal(stop_at: tuple[int, int], model: Path
 
     again = results(folder, resumed)
     assert again.keys() == whole.keys()
+    assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
+@pytest.mark.parametrize("round_", [0, 1])
+def test_stopped_between_the_clients_checkpoints_and_the_average_it_ends_bit_equal(
+    round_: int, model: Path, tmp_path: Path
+) -> None:
+    """The clients are a round ahead of the server, then, and go back with it."""
+    job = job_of(model)
+    whole = results(tmp_path / "whole", train_in_process(job, sites(), tmp_path / "whole"))
+
+    folder = tmp_path / "cut"
+    last = (round_, (round_ + 1) * job.rounds.local_steps - 1)
+    with serving(job, folder, ["a", "b"]) as running:
+
+        def stop_server(event: dict[str, Any]) -> None:
+            if event["event"] == "step" and (event["round"], event["step"]) == last:
+                running.running.stop()
+
+        for client in [
+            Background(n, partial(train, running, job, n, s, folder, stop_server)) for n, s in sites().items()
+        ]:
+            with pytest.raises(ConnectionFailed):
+                client.join()
+    assert state_files.numbers(folder / "server-state")[-1] == round_
+    assert state_files.numbers(folder / "a")[-1] == round_ + 1
+    again = results(folder, train_in_process(job, sites(), folder))
+    assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
+def test_a_round_that_lost_its_only_client_is_undone_and_ends_bit_equal(model: Path, tmp_path: Path) -> None:
+    job = job_of(model, clients=1)
+    only = {"a": sites()["a"]}
+    train_in_process(job, only, tmp_path / "whole")
+    with serving(job, tmp_path / "cut", ["a"]) as running:
+        for stop_at in ((0, 1), (1, 4), None):
+            client = Background("a", lambda s=stop_at: run_until(running, job, "a", only["a"], tmp_path / "cut", s))
+            with contextlib.suppress(Interrupted):
+                client.join()
+        running.service.join()
+    whole, again = trunk_tensors(tmp_path / "whole"), trunk_tensors(tmp_path / "cut")
     assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
 
 

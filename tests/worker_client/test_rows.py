@@ -13,7 +13,10 @@ from shared.errors import DataError
 from worker_client.batches import batch_indices, pack_rows
 from worker_client.data import Row, load_rows, split_validation, tokenize
 
-CHAT = "{% for m in messages %}w9 {{ m.content }} w8 {% endfor %}{% if add_generation_prompt %}w9 {% endif %}"
+CHAT = (
+    "{% for m in messages %}{% if m.content == 'w66' %}{{ raise_exception('no w66 here') }}{% endif %}"
+    "w9 {{ m.content }} w8 {% endfor %}{% if add_generation_prompt %}w9 {% endif %}"
+)
 
 
 @pytest.fixture
@@ -70,6 +73,11 @@ def test_long_rows_are_cut_or_left_out_and_counted(tokenizer: Any, tmp_path: Pat
         ('{"prompt": "w5"}', "expected"),
         ('{"messages": []}', '"messages" must be a list'),
         ('{"messages": [{"role": "user"}]}', '"messages" must be a list'),
+        ('{"messages": "w5"}', '"messages" must be a list'),
+        ('{"prompt": "w5", "completion": null}', '"completion" must be text, not NoneType'),
+        ("[" * 100_000, "not JSON"),
+        ('{"text": "w5 \\ud83d"}', "half of a surrogate pair"),
+        ('{"messages": [{"role": "user", "content": "w66"}, {"role": "assistant", "content": "w6"}]}', "no w66 here"),
     ],
 )
 def test_a_bad_line_is_named_with_file_number_and_reason(line: str, said: str, tokenizer: Any, tmp_path: Path) -> None:
@@ -81,7 +89,7 @@ def test_a_bad_line_is_named_with_file_number_and_reason(line: str, said: str, t
     assert said in error.value.message
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", b'{"prompt": "w5", "completion": "w6"}\n' * 0 + b"\n"])
+@pytest.mark.parametrize("content", [b"", b"\n\n", b'{"messages": [{"role": "user", "content": "w5"}]}\n'])
 def test_no_usable_row_is_an_error(content: bytes, tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_bytes(content)
@@ -95,6 +103,18 @@ def test_files_that_cannot_be_read_are_named(tokenizer: Any, tmp_path: Path) -> 
     (tmp_path / "r.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="not UTF-8"):
         load_rows(tmp_path / "r.jsonl", tokenizer, max_length=9)
+
+
+def test_a_byte_order_mark_is_passed_over(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "w5"}\n')
+    assert load_rows(tmp_path / "r.jsonl", tokenizer, max_length=9).rows[0].input_ids == (5, 1)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_told(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages[-2:] %}w9 {{ m.content }} {% endfor %}"
+    turns = [("user", "w20"), ("assistant", "w30"), ("user", "w21"), ("assistant", "w31")]
+    with pytest.raises(DataError, match="rewrites earlier turns"):
+        tokenize({"messages": [{"role": role, "content": text} for role, text in turns]}, tokenizer)
 
 
 def test_a_tokenizer_without_template_or_end_is_told(tokenizer: Any) -> None:

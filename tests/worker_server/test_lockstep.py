@@ -1,6 +1,7 @@
 """The lockstep state machine, without I/O: its rules, its refusals, and random histories."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 from hypothesis import settings
@@ -17,8 +18,10 @@ from worker_server.lockstep import (
     RunBackward,
     RunEvaluation,
     RunForward,
+    Stage,
     StartRound,
     Ticket,
+    Work,
 )
 
 A, B, C = b"a" * 16, b"b" * 16, b"c" * 16
@@ -127,8 +130,21 @@ def test_whoever_leaves_does_not_stall_the_rest(stage: str) -> None:
     assert list(lockstep.active) == [A]
 
 
+def at(stage: Stage) -> Lockstep:
+    """At `stage`, with A's request there and B's missing where requests are collected; C is nowhere."""
+    if stage == "waiting":
+        lockstep = machine()
+        lockstep.joined(ticket(A), 0)
+        return lockstep
+    lockstep = started(rounds=1, local_steps=1)
+    advance(lockstep, "aggregating" if stage == "finished" else stage)
+    if stage == "finished":
+        lockstep.aggregation_done()
+    assert lockstep.stage == stage
+    return lockstep
+
+
 def advance(lockstep: Lockstep, stage: str) -> None:
-    """To `stage`, with A's request there and B's missing where requests are collected."""
     lockstep.forward(ticket(A, 5), 0, 0, 0)
     if stage == "forward":
         return
@@ -159,6 +175,16 @@ def test_a_round_without_members_is_undone_and_begun_anew() -> None:
     assert lockstep.step == 0
 
 
+def test_a_round_in_which_nothing_ran_needs_no_undoing() -> None:
+    lockstep = started()
+    lockstep.forward(ticket(A, 5), 0, 0, 0)
+    lockstep.joined(ticket(C), 0)
+    assert lockstep.left(A, 0) == []
+    assert lockstep.left(B, 0) == [StartRound(0, (ticket(C),))]
+    assert lockstep.left(C, 0) == []
+    assert lockstep.stage == "waiting"
+
+
 def test_who_misses_the_deadline_is_left_behind() -> None:
     lockstep = started()
     assert lockstep.deadline() is None
@@ -182,6 +208,74 @@ def test_a_resumed_job_goes_on_at_its_round_and_waits_for_all_clients() -> None:
     lockstep = Lockstep(clients=2, rounds=5, local_steps=1, deadline_s=1, round=3)
     assert lockstep.joined(ticket(A), 0) == []
     assert lockstep.joined(ticket(B), 0) == [StartRound(3, (ticket(A), ticket(B)))]
+
+
+EVENTS: dict[str, Callable[[Lockstep], list[Instruction]]] = {
+    "join": lambda m: m.joined(ticket(B), 0),
+    "forward": lambda m: m.forward(ticket(B, 5), 0, 0, 0),
+    "backward": lambda m: m.backward(ticket(B, 6, forward=5), 0),
+    "update": lambda m: m.update(ticket(B, 8), 0, 0),
+}
+STAGES: tuple[Stage, ...] = get_args(Stage)
+FITS: set[tuple[Stage, str]] = {
+    ("waiting", "join"),
+    ("forward", "forward"),
+    ("backward", "backward"),
+    ("updating", "update"),
+    ("finished", "join"),
+}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_takes_its_own_events_and_refuses_the_rest_unchanged(stage: Stage, event: str) -> None:
+    lockstep = at(stage)
+    before = snapshot(lockstep)
+    instructions = EVENTS[event](lockstep)
+    if (stage, event) in FITS:
+        assert instructions
+        assert not any(isinstance(instruction, Refuse) for instruction in instructions)
+        return
+    (refusal,) = instructions
+    assert isinstance(refusal, Refuse)
+    member = stage not in ("waiting", "finished")
+    expected = {"join": "joined_already", "forward": "wrong_step" if member else "not_in_round"}
+    assert refusal.code == expected.get(event, "wrong_step")
+    assert (refusal.session, refusal.request) == (B, {"join": 1, "forward": 5, "backward": 6, "update": 8}[event])
+    assert snapshot(lockstep) == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_at_any_stage_a_stranger_may_leave_and_a_client_evaluate(stage: Stage) -> None:
+    lockstep = at(stage)
+    before = snapshot(lockstep)
+    assert lockstep.left(C, 0) == []
+    assert snapshot(lockstep) == before
+    assert lockstep.evaluate(ticket(A, 9)) == [RunEvaluation((ticket(A, 9),))]
+    assert lockstep.stage == stage
+
+
+def test_a_session_has_one_evaluation_waiting() -> None:
+    lockstep = at("forward")
+    lockstep.evaluate(ticket(B, 3))
+    lockstep.evaluate(ticket(A, 4))
+    before = snapshot(lockstep)
+    (refusal,) = lockstep.evaluate(ticket(A, 5))
+    assert isinstance(refusal, Refuse)
+    assert refusal.code == "repeated"
+    assert snapshot(lockstep) == before
+    lockstep.left(A, 0)
+    assert lockstep.evaluation_done() == []
+
+
+@pytest.mark.parametrize("stage", ["backward", "updating"])
+def test_every_collecting_stage_has_its_deadline(stage: Stage) -> None:
+    lockstep = at(stage)
+    assert lockstep.deadline() == 10
+    assert lockstep.tick(9) == []
+    (work,) = lockstep.tick(10)
+    assert isinstance(work, RunBackward if stage == "backward" else Aggregate)
+    assert list(lockstep.active) == [A]
 
 
 @pytest.mark.parametrize(
@@ -224,74 +318,89 @@ def test_a_gradient_that_does_not_fit_is_refused(event: Any, code: str) -> None:
     assert snapshot(lockstep) == before
 
 
+KINDS = ["join", "forward", "backward", "update", "evaluate"]
+
+
 class Histories(RuleBasedStateMachine):
     """Any events in any order: never an exception, never two training works at once, cohorts of members only."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lockstep = machine(clients=2, rounds=3, local_steps=2)
-        self.running: Instruction | None = None
-        self.evaluating = False
+        self.queue: list[Work] = []
         self.now = 0.0
 
     def carry(self, instructions: list[Instruction]) -> None:
         for instruction in instructions:
-            if isinstance(instruction, RunForward | RunBackward | Aggregate):
-                assert self.running is None
-                self.running = instruction
+            if isinstance(instruction, RunForward | RunBackward | Aggregate | Restore):
+                assert not any(isinstance(work, RunForward | RunBackward | Aggregate) for work in self.queue)
             if isinstance(instruction, RunForward):
                 assert [t.session for t in instruction.tickets] == sorted(self.lockstep.active)
             if isinstance(instruction, RunBackward):
+                assert instruction.gradients.keys() == self.lockstep.active.keys()
                 assert instruction.gradients.keys() <= {t.session for t in instruction.forwards}
+            if isinstance(instruction, Aggregate):
+                assert [t.session for t in instruction.updates] == sorted(self.lockstep.active)
             if isinstance(instruction, RunEvaluation):
-                assert not self.evaluating
-                self.evaluating = True
+                assert not any(isinstance(work, RunEvaluation) for work in self.queue)
+            if isinstance(instruction, Work):
+                self.queue.append(instruction)
 
-    @rule(session=st.sampled_from([A, B, C]))
-    def join(self, session: bytes) -> None:
-        self.carry(self.lockstep.joined(ticket(session), self.now))
-
-    @rule(session=st.sampled_from([A, B, C]), off=st.integers(0, 1))
-    def forward(self, session: bytes, off: int) -> None:
-        self.carry(self.lockstep.forward(ticket(session, 5), self.lockstep.round, self.lockstep.step + off, self.now))
-
-    @rule(session=st.sampled_from([A, B, C]), forward=st.sampled_from([5, 5, 4]))
-    def backward(self, session: bytes, forward: int) -> None:
-        self.carry(self.lockstep.backward(ticket(session, 6, forward=forward), self.now))
-
-    @rule(session=st.sampled_from([A, B, C]))
-    def update(self, session: bytes) -> None:
-        self.carry(self.lockstep.update(ticket(session, 8, weight=1), self.lockstep.round, self.now))
-
-    @rule(session=st.sampled_from([A, B, C]))
-    def evaluate(self, session: bytes) -> None:
-        self.carry(self.lockstep.evaluate(ticket(session, 9)))
+    @rule(session=st.sampled_from([A, B, C]), off=st.integers(0, 1), kind=st.sampled_from(KINDS))
+    def one_request(self, session: bytes, off: int, kind: str) -> None:
+        """Due or not."""
+        lockstep, round_ = self.lockstep, self.lockstep.round
+        match kind:
+            case "join":
+                self.carry(lockstep.joined(ticket(session), self.now))
+            case "forward":
+                self.carry(lockstep.forward(ticket(session, 5), round_, lockstep.step + off, self.now))
+            case "backward":
+                self.carry(lockstep.backward(ticket(session, 6, forward=5 - off), self.now))
+            case "update":
+                self.carry(lockstep.update(ticket(session, 8, weight=1), round_ + off, self.now))
+            case "evaluate":
+                self.carry(lockstep.evaluate(ticket(session, 9)))
 
     @rule(session=st.sampled_from([A, B, C]))
     def leave(self, session: bytes) -> None:
         self.carry(self.lockstep.left(session, self.now))
+
+    @rule()
+    def everyone_does_what_is_due(self) -> None:
+        for session in [A, B, C]:
+            if self.lockstep.stage == "waiting":
+                self.carry(self.lockstep.joined(ticket(session), self.now))
+        stage, round_ = self.lockstep.stage, self.lockstep.round
+        for session in sorted(self.lockstep.active):
+            if stage == "forward":
+                self.carry(self.lockstep.forward(ticket(session, 5), round_, self.lockstep.step, self.now))
+            elif stage == "backward":
+                self.carry(self.lockstep.backward(ticket(session, 6, forward=5), self.now))
+            elif stage == "updating":
+                self.carry(self.lockstep.update(ticket(session, 8, weight=1), round_, self.now))
 
     @rule(seconds=st.floats(0, 20))
     def wait(self, seconds: float) -> None:
         self.now += seconds
         self.carry(self.lockstep.tick(self.now))
 
-    @precondition(lambda self: self.running is not None)
+    @precondition(lambda self: self.queue)
     @rule()
     def computed(self) -> None:
-        done, self.running = self.running, None
-        if isinstance(done, RunForward):
-            self.carry(self.lockstep.forward_done())
-        elif isinstance(done, RunBackward):
-            self.carry(self.lockstep.backward_done())
-        else:
-            self.carry(self.lockstep.aggregation_done())
+        match self.queue.pop(0):
+            case RunForward():
+                self.carry(self.lockstep.forward_done())
+            case RunBackward():
+                self.carry(self.lockstep.backward_done())
+            case Aggregate():
+                self.carry(self.lockstep.aggregation_done())
+            case RunEvaluation():
+                self.carry(self.lockstep.evaluation_done())
 
-    @precondition(lambda self: self.evaluating)
-    @rule()
-    def evaluated(self) -> None:
-        self.evaluating = False
-        self.carry(self.lockstep.evaluation_done())
+    @invariant()
+    def the_queue_of_works_is_short(self) -> None:
+        assert len(self.queue) <= 3
 
     @invariant()
     def somebody_is_waited_for(self) -> None:
@@ -302,4 +411,4 @@ class Histories(RuleBasedStateMachine):
 
 
 TestHistories = Histories.TestCase
-TestHistories.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestHistories.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
