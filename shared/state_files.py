@@ -27,15 +27,17 @@ _NAME = re.compile(r"^checkpoint-(\d{1,12})$")
 
 
 def save(folder: Path, number: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int = 2) -> Path:
-    """Write `checkpoint-<number>` under `folder`, replacing one of that number; then drop all but the last `keep`.
+    """Write `checkpoint-<number>` under `folder`, replacing one of that number; then keep the last `keep` up to it.
 
-    Raises CheckpointError if the disk refuses; what was there before is still there then.
+    Later ones belong to a future that was abandoned, drafts to processes that were killed: both go. Raises
+    CheckpointError if the disk refuses; what was there before is still there then.
     """
     target = folder / f"checkpoint-{number}"
     draft = folder / f".draft-{number}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(draft, ignore_errors=True)
+        for left_over in folder.glob(".draft-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
         draft.mkdir()
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, draft / TENSORS)
         digest = _digest(draft / TENSORS)
@@ -50,8 +52,9 @@ def save(folder: Path, number: int, tensors: Mapping[str, Tensor], facts: Mappin
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise CheckpointError(f"{target}: cannot write the checkpoint ({error.strerror or error})") from None
-    for number_ in numbers(folder)[:-keep]:
-        shutil.rmtree(folder / f"checkpoint-{number_}", ignore_errors=True)
+    kept = [other for other in numbers(folder) if other <= number][-keep:]
+    for other in set(numbers(folder)) - set(kept):
+        shutil.rmtree(folder / f"checkpoint-{other}", ignore_errors=True)
     return target
 
 

@@ -59,6 +59,7 @@ class PartOptimizer:
         self.steps = steps
         if not self.parameters:
             return
+        self.adamw.state.clear()
         for name, parameter in self.parameters.items():
             fields = {
                 f: state[f"{f}/{name}"].clone() for f in ("step", "exp_avg", "exp_avg_sq") if f"{f}/{name}" in state

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import msgpack
 import pytest
@@ -15,12 +16,13 @@ from broker.settings import BrokerSettings
 from launcher.in_process import CLIENTS, Outcome, Site, serving, train_in_process, trunk_tensors
 from shared.errors import ConnectionFailed, EnvelopeError, FrameError, Refused
 from shared.identity import generate_identity
-from shared.job import Job
+from shared.job import Job, Wire, WireFormat
 from shared.model.plan import PartName
 from shared.payload.tensors import encode
 from shared.secure.records import Channel
 from shared.wire.envelope import Data, Envelope, Frame, parse
 from worker_client.batches import pack_rows
+from worker_client.data import Row
 from worker_client.link import Link
 from worker_client.remote_trunk import RemoteTrunk
 
@@ -62,34 +64,45 @@ class RecordingRouter(Router):
         return super().handle(peer, frames, now)
 
 
+@pytest.mark.parametrize("wire_format", get_args(WireFormat))
 def test_nothing_that_matters_is_readable_at_the_broker(
-    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wire_format: WireFormat, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = bytearray()
+    tensors: list[bytes] = []
     sealed = Channel.seal
 
     def keep(channel: Channel, frames: list[Frame]) -> Envelope:
-        for frame in frames:
-            plain.extend(bytes(frame))
+        plain.extend(b"".join(bytes(frame) for frame in frames))
+        tensors.extend(bytes(frame) for frame in frames[1:])
         return sealed(channel, frames)
 
     monkeypatch.setattr(Channel, "seal", keep)
     router = RecordingRouter()
     clients = sites()
+    job = job.model_copy(update={"wire": Wire(hidden=wire_format, gradient=wire_format)})
     outcomes = train_in_process(job, clients, tmp_path / "run", router)
     assert len(router.seen) > 0.9 * len(plain)
+    # Both ways in each of two rounds of two steps: hidden states and gradients; and the heads and tails.
+    assert len(tensors) > 2 * 2 * 2 * 4
 
     secrets = [job.canonical(), b"hidden", b"lengths", b"welcome"]
     # The last average, as it came from the server.
     secrets += [bytes(encode("", p.detach(), "float32")[1])[:64] for p in outcomes["a"].parts.parameters.values()]
+    secrets += [piece for tensor in tensors for piece in (tensor[:16], tensor[-16:])]
     readable = [secret in plain for secret in secrets]
     assert all(readable), "the search must find in the plaintext what it does not find at the broker"
     assert not any(secret in router.seen for secret in secrets)
     # Token ids cross in no form, sealed or not.
     for row in clients["a"].train:
         if len(row.input_ids) > 4:
-            assert msgpack.packb(list(row.input_ids)) not in plain
-            assert torch.tensor(row.input_ids).numpy().tobytes() not in plain
+            for form in (msgpack.packb(list(row.input_ids)), *(_ids(row, size) for size in (2, 4, 8))):
+                assert form not in plain
+                assert form not in router.seen
+
+
+def _ids(row: Row, size: int) -> bytes:
+    return b"".join(token.to_bytes(size, "little") for token in row.input_ids)
 
 
 class AttackingRouter(Router):

@@ -17,10 +17,9 @@ from shared.errors import ConnectionFailed, FlglmError, Refused
 from shared.job import Job
 from shared.model.checkpoint import Checkpoint
 from shared.model.plan import PartName
-from shared.payload.messages import Forward, Welcome
+from shared.payload.messages import Forward
 from shared.payload.tensors import encode
 from worker_client.batches import pack_rows
-from worker_client.client import check_same_model
 from worker_client.head_tail import load_client_parts
 from worker_client.remote_trunk import RemoteTrunk
 from worker_client.training import Report, Training
@@ -233,12 +232,3 @@ def test_a_bad_request_is_refused_and_others_train_on(
     assert refused.value.reason == code
     for name, value in trunk_tensors(tmp_path / "run").items():
         assert torch.equal(value, calm[f"trunk/{name}"])
-
-
-def test_a_client_with_another_model_is_told_what_differs(model: Path, tmp_path: Path) -> None:
-    other = Checkpoint(str(save_tiny_model("llama", tmp_path / "other", seed=1)))
-    mine = Checkpoint(str(model)).fingerprint()
-    welcome = Welcome(job="{}", config=mine.config, tensor_table=mine.tensors, weights=mine.weights)
-    check_same_model(Checkpoint(str(model)), welcome)
-    with pytest.raises(Refused, match="the weights differ"):
-        check_same_model(other, welcome)

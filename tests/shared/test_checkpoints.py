@@ -25,6 +25,14 @@ def test_only_the_last_are_kept(tmp_path: Path) -> None:
     assert state_files.numbers(tmp_path) == [2, 10]
 
 
+def test_going_back_drops_the_abandoned_future_and_old_drafts(tmp_path: Path) -> None:
+    for number in (5, 6):
+        state_files.save(tmp_path, number, TENSORS, {})
+    (tmp_path / ".draft-6-99").mkdir()
+    state_files.save(tmp_path, 3, TENSORS, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
 def test_a_draft_of_a_killed_process_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / ".draft-4-99").mkdir()
     (tmp_path / "checkpoint-x").mkdir()

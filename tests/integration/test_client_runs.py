@@ -1,0 +1,143 @@
+"""A data owner's whole run, from invitation and file to a result on disk, and every way to be wrong before it."""
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.fidelity import make_job, random_rows
+from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
+from launcher.in_process import CLIENTS, Serving, serving, trunk_tensors
+from shared import state_files
+from shared.errors import CheckpointError, DataError, HandshakeError, ModelError, Refused
+from shared.identity import Invitation
+from shared.job import Job
+from shared.model.checkpoint import Checkpoint
+from worker_client.client import ClientSettings, Result, run_client
+from worker_client.head_tail import load_client_parts
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    model = save_tiny_model("llama", tmp_path / "model")
+    save_word_tokenizer(model)
+    made = make_job(model, ("head", "trunk", "tail"), clients=1)
+    return made.model_copy(update={"rounds": made.rounds.model_copy(update={"count": 1, "local_steps": 2})})
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": " ".join(f"w{token}" for token in row.input_ids)} for row in random_rows(10, 0)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def running(job: Job, tmp_path: Path) -> Iterator[Serving]:
+    with serving(job, tmp_path, ["anna"]) as made:
+        yield made
+
+
+def run(running: Serving, settings: ClientSettings, events: list[dict[str, Any]] | None = None) -> Result:
+    invitation = Invitation(
+        client="anna",
+        brokers=["tcp://localhost:1"],
+        server="server",
+        server_public_key=running.server.public.hex(),
+        job=running.job.digest().hex(),
+        expires_at=datetime.now(UTC),
+    ).model_copy(update={"brokers": [CLIENTS]})
+    seen = [] if events is None else events
+    return run_client(settings, invitation, running.clients["anna"], seen.append, running.context)
+
+
+def test_a_run_ends_with_the_trained_parts_on_disk(running: Serving, data: Path, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    out = tmp_path / "out"
+    result = run(running, ClientSettings(data=data, out=out, validation_fraction=0.2), events)
+    running.service.join()
+
+    assert [event["event"] for event in events] == [
+        "data", "round", "evaluation", "step", "step", "evaluation", "finished",
+    ]  # fmt: skip
+    assert (events[0]["rows"], events[0]["validation_rows"], events[0]["total_steps"]) == (8, 2, 2)
+    assert result.score is not None
+    assert result.score.rows == 2
+    assert result.score.loss == events[-2]["loss"]
+    assert result.bytes_up > 0
+    assert result.bytes_down > 0
+
+    trained = load_file(out / "trained.safetensors")
+    parts = load_client_parts(Checkpoint(running.job.model_name_or_path), running.job)
+    assert trained.keys() == parts.parameters.keys()
+    assert any(not torch.equal(value, parts.parameters[name]) for name, value in trained.items())
+    assert trained.keys().isdisjoint(trunk_tensors(tmp_path))
+    document = json.loads((out / "flglm.json").read_text())
+    assert Job.model_validate(document["job"]) == running.job
+    assert document["job_digest"] == running.job.digest().hex()
+
+
+@pytest.mark.parametrize(("own", "expected"), [(True, 3), (False, None)])
+def test_validation_rows_come_from_a_file_or_not_at_all(
+    own: bool, expected: int | None, running: Serving, data: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "own.jsonl"
+    mine.write_text('{"text": "w5 w6 w7"}\n' * 3)
+    events: list[dict[str, Any]] = []
+    out = tmp_path / "out"
+    score = run(running, ClientSettings(data, out, mine if own else None, validation_fraction=0), events).score
+    assert (events[0]["rows"], events[0]["validation_rows"]) == (10, expected or 0)
+    assert (score.rows if score else None) == expected
+
+
+def test_rows_are_cut_to_the_models_context(running: Serving, tmp_path: Path) -> None:
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"text": "w5 " * 100}) + "\n")
+    events: list[dict[str, Any]] = []
+    run(running, ClientSettings(data=long, out=tmp_path / "out", validation_fraction=0), events)
+    assert events[0]["truncated"] == 1
+
+
+def test_an_altered_model_is_refused_before_data_is_read(running: Serving, tmp_path: Path) -> None:
+    other = save_tiny_model("llama", tmp_path / "other", seed=1)
+    settings = ClientSettings(data=tmp_path / "absent.jsonl", out=tmp_path / "out", model=str(other))
+    with pytest.raises(Refused, match="the weights differ") as refused:
+        run(running, settings)
+    assert refused.value.reason == "model_differs"
+
+
+def test_what_is_wrong_at_a_client_is_said_there_and_the_next_run_works(
+    running: Serving, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="No such file"):
+        run(running, ClientSettings(data=tmp_path / "absent.jsonl", out=out))
+    with pytest.raises(ModelError, match="no model folder"):
+        run(running, ClientSettings(data=data, out=out, model=str(tmp_path / "absent")))
+    state_files.save(out, 0, {}, {"job": "0" * 64, "steps": 0})
+    with pytest.raises(CheckpointError, match="another job"):
+        run(running, ClientSettings(data=data, out=out))
+    torn = tmp_path / "torn"
+    state_files.save(torn, 0, {}, {"job": running.job.digest().hex(), "steps": 0})
+    (torn / "checkpoint-0" / state_files.TENSORS).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="not what was written") as error:
+        run(running, ClientSettings(data=data, out=torn))
+    assert error.value.hint is not None
+    assert run(running, ClientSettings(data=data, out=tmp_path / "fresh")).score is not None
+
+
+def test_another_job_under_the_invited_digest_is_refused(running: Serving, data: Path, tmp_path: Path) -> None:
+    with running.link("anna"):
+        service = running.running.service
+    assert service is not None
+    other = running.job.model_copy(update={"name": "other"})
+    service.welcome = service.welcome.model_copy(update={"job": other.canonical().decode()})
+    with pytest.raises(HandshakeError, match="another job than the invitation names"):
+        run(running, ClientSettings(data=data, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
