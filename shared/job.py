@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from shared.errors import JobError
 
-WireFormat = Literal["float32", "bfloat16", "float16"]
+WireFormat = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 TrainedPart = Literal["head", "trunk", "tail"]
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -85,15 +85,19 @@ class Rounds(Settings):
 
 
 class Cohort(Settings):
-    """Who steps together. Training starts with `clients` clients; a step waits `deadline_s` for the last of them."""
+    """Who steps together. Training starts with `clients` clients; a step waits `deadline_s` for the last of them.
+
+    `adapters`: one set in the trunk, trained by all, or one a client (of at most `clients`), averaged after each round.
+    """
 
     clients: Annotated[int, Field(ge=1, le=4096)] = 1
+    adapters: Literal["shared", "per_client"] = "shared"
     deadline_s: Seconds = 120.0
     max_batch_tokens: Annotated[int, Field(ge=1, le=2**24)] = 65_536
 
 
 class Wire(Settings):
-    """The number format of hidden states and of gradients on the wire."""
+    """The number format of hidden states and of gradients on the wire; layouts in docs/protocol.md."""
 
     hidden: WireFormat = "float32"
     gradient: WireFormat = "float32"
@@ -116,6 +120,8 @@ class Job(Settings):
     def _consistent(self) -> "Job":
         if len(set(self.training.parts)) != len(self.training.parts):
             raise ValueError("training.parts names a part twice")
+        if self.cohort.adapters == "per_client" and (self.method.type != "lora" or "trunk" not in self.training.parts):
+            raise ValueError("cohort.adapters=per_client needs method.type=lora, and trunk among training.parts")
         batch_tokens = self.training.per_device_train_batch_size * self.data.max_length
         if batch_tokens > self.cohort.max_batch_tokens:
             raise ValueError(

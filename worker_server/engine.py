@@ -81,6 +81,7 @@ class Engine:
                 return Computed(work, tuple((ticket, result) for ticket, result in pairs if ticket is not None))
             case Aggregate(_, updates):
                 mean = weighted_mean([(ticket.weight, ticket.payload) for ticket in updates])
+                trunk.end_round({ticket.client: ticket.weight for ticket in updates})
                 self.progress.complete_round(mean)
                 return Computed(work)
             case Restore(round_):

@@ -41,7 +41,7 @@ class Intake:
             raise Refused(f"{message.target_tokens} target tokens among {tokens}", reason="target_tokens")
         info = _only(message.tensors)
         hidden = decode(info, frames[0], shape=(tokens, self.width), dtype=self.job.wire.hidden)
-        rows = Rows(hidden, message.lengths, message.target_tokens, message.wants_gradient)
+        rows = Rows(hidden, message.lengths, message.target_tokens, message.wants_gradient, session.client)
         return Ticket(session.id, session.client, message.request, rows, tokens, message.target_tokens)
 
     def backward(self, session: Session, message: Backward, frames: Sequence[Frame]) -> Ticket:

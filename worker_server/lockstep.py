@@ -103,10 +103,20 @@ Instruction = Work | StartRound | Finish | Refuse
 
 
 class Lockstep:
-    """The state machine. `clients` start the job; `round` is where a resumed one continues."""
+    """The state machine. `clients` start the job, at most `places` take part; at `round` a resumed one continues."""
 
-    def __init__(self, *, clients: int, rounds: int, local_steps: int, deadline_s: float, round: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        clients: int,
+        rounds: int,
+        local_steps: int,
+        deadline_s: float,
+        round: int = 0,
+        places: int | None = None,
+    ) -> None:
         self.clients = clients
+        self.places = places
         self.rounds = rounds
         self.local_steps = local_steps
         self.deadline_s = deadline_s
@@ -132,6 +142,8 @@ class Lockstep:
             return [_refuse(ticket, "name_in_use", f"a client named {ticket.client} is here already")]
         if self.stage == "finished":
             return [Finish((ticket,))]
+        if self.places is not None and len(self.active) + len(self.lobby) >= self.places:
+            return [_refuse(ticket, "no_place", f"all {self.places} places (cohort.clients) are taken")]
         self.lobby[ticket.session] = ticket
         return self._begin_round() if self.stage == "waiting" else []
 

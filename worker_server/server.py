@@ -90,6 +90,7 @@ class Server:
                     local_steps=self.job.rounds.local_steps,
                     deadline_s=self.job.cohort.deadline_s,
                     round=progress.round,
+                    places=self.job.cohort.clients if self.job.cohort.adapters == "per_client" else None,
                 ),
                 Engine(progress, waker.wake),
                 connection,

@@ -1,7 +1,8 @@
-"""Tensors as raw frames: number formats of the wire, sizes checked before anything is built.
+"""Tensors as raw frames: sizes checked before anything is built.
 
-A `TensorInfo` travels in the message, the values in a frame of their own, little-endian, row-major. The dtype is one of
-a closed set and never looked up by a peer's name; a frame has exactly prod(shape) x itemsize bytes.
+A `TensorInfo` travels in the message, the values in a frame of their own, row-major, in one of the number formats of
+shared/payload/codecs.py. The format is one of a closed set and never looked up by a peer's name; a frame has exactly
+the size that format and shape give.
 
 float16 spans only 6e-8 to 65504, gradients do not: such a tensor travels divided by a power of two, `scale`, chosen so
 that its largest magnitude lies just under 2^14. Powers of two change no mantissa.
@@ -17,13 +18,9 @@ from torch import Tensor
 
 from shared.errors import TensorError
 from shared.job import WireFormat
+from shared.payload.codecs import CODECS
 from shared.wire.envelope import Frame
 
-DTYPES: dict[WireFormat, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 MAX_ELEMENTS = 2**31
 FLOAT16_TOP = 14
 
@@ -46,9 +43,10 @@ def encode(name: str, tensor: Tensor, wire_format: WireFormat) -> tuple[TensorIn
     if wire_format == "float16":
         scale = _float16_scale(values)
         values = values / scale
-    values = values.to("cpu", DTYPES[wire_format]).contiguous()
     info = TensorInfo(name=name, dtype=wire_format, shape=tuple(values.shape), scale=scale)
-    return info, values.flatten().view(torch.uint8).numpy().data
+    if values.numel() == 0:
+        return info, memoryview(b"")
+    return info, CODECS[wire_format].encode(values).cpu().numpy().data
 
 
 def decode(
@@ -65,14 +63,14 @@ def decode(
         wanted = "x".join("?" if size is None else str(size) for size in shape)
         raise TensorError(f"tensor {info.name!r} is {'x'.join(map(str, info.shape))}, expected {wanted}")
     elements = math.prod(info.shape)
-    itemsize = DTYPES[info.dtype].itemsize
     size = memoryview(frame).nbytes
-    if elements > MAX_ELEMENTS or elements * itemsize != size:
-        raise TensorError(f"tensor {info.name!r}: {size} bytes are not {elements} x {itemsize}")
+    codec = CODECS[info.dtype]
+    if elements > MAX_ELEMENTS or size != (codec.size(info.shape) if elements else 0):
+        raise TensorError(f"tensor {info.name!r}: {size} bytes are not {elements} values of {info.dtype}")
     if elements == 0:
         return torch.zeros(info.shape)
     raw = frame if isinstance(frame, bytearray) else bytearray(frame)
-    values = torch.frombuffer(raw, dtype=DTYPES[info.dtype]).reshape(info.shape).to(torch.float32)
+    values = codec.decode(torch.frombuffer(raw, dtype=torch.uint8), info.shape)
     if info.scale != 1.0:
         values = values * info.scale
     if not bool(torch.isfinite(values).all()):

@@ -1,0 +1,126 @@
+"""The clients' own adapters: who has which, their optimizers, their average at a round's end, their state.
+
+A client's adapter is one flat vector (P,) of all its LoRA weights. It takes the gradient of that client's own mean loss
+and steps by an optimizer of its own, as if the client had a server for itself ("server-hierarchical" in the appendix of
+FL-GLM, arXiv 2406.14898). Moments and schedules stay with their clients; weights are averaged.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from shared.job import Job
+from shared.logs import event
+from shared.model.carve import Part
+from shared.model.optimizer import PartOptimizer
+from worker_server.aggregation import weighted_mean
+from worker_server.per_client import Routing, take_adapters, tiling
+
+VECTOR = "adapter"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ClientAdapter:
+    vector: nn.Parameter
+    optimizer: PartOptimizer
+
+
+class ClientAdapters:
+    """Adapters of up to `cohort.clients` clients, by name; who is new begins with the last average, (P,) float32."""
+
+    def __init__(self, part: Part, job: Job) -> None:
+        """Takes peft's layers out of `part`. Raises JobError where they are of another kind than linear."""
+        self.training = job.training
+        self.total_steps = job.total_steps
+        self.limit = job.cohort.clients
+        self.routing = Routing()
+        first = take_adapters(part, self.routing)
+        self.shapes = {name: value.shape for name, value in first.items()}
+        self.average = torch.cat([value.flatten() for value in first.values()])
+        self.clients: dict[str, ClientAdapter] = {}
+
+    def admit(self, names: Iterable[str]) -> None:
+        """Let all of `names` have an adapter. Past the limit, others lose theirs, who stepped least first.
+
+        Who is not of this round loses its moments alone: its weights are the average.
+        """
+        wanted = dict.fromkeys(names)
+        others = sorted(
+            self.clients.keys() - wanted.keys(), key=lambda name: (self.clients[name].optimizer.steps, name)
+        )
+        excess = len(self.clients.keys() | wanted.keys()) - self.limit
+        for name in others[: max(0, excess)]:
+            del self.clients[name]
+        for name in wanted:
+            if name not in self.clients:
+                self.clients[name] = self._adapter(self.average.clone())
+
+    def enter(self, names: Sequence[str], tokens: Sequence[int], *, train: bool) -> Tensor:
+        """Route the next forward: `tokens` tokens of each client in turn. Their weights (c, P), a leaf of its graph.
+
+        The leaf is a copy: a backward later uses what its forward used, whatever was stepped in between.
+        """
+        own = [self.clients[name].vector.detach() if name in self.clients else self.average for name in names]
+        weights = torch.stack(own).requires_grad_(train)
+        sizes = [prod(shape) for shape in self.shapes.values()]
+        self.routing.set(tiling(tokens, weights.device), torch.split(weights, sizes, 1))
+        return weights
+
+    def step(self, gradients: Mapping[str, Tensor]) -> None:
+        """One optimizer step of each client named, with its gradient (P,). One that overflows moves nothing."""
+        for name, gradient in gradients.items():
+            adapter = self.clients[name]
+            if bool(gradient.isfinite().all()):
+                adapter.vector.grad = gradient
+            else:
+                event(logger, "step_overflowed", level=logging.WARNING, client=name, step=adapter.optimizer.steps)
+            adapter.optimizer.step()
+
+    def end_round(self, weights: Mapping[str, int]) -> None:
+        """Average the adapters of the clients named, so weighted; all go on from there."""
+        members = [
+            (weight, {VECTOR: self.clients[n].vector.detach()}) for n, weight in weights.items() if n in self.clients
+        ]
+        if members:
+            self.average = weighted_mean(members)[VECTOR]
+        with torch.no_grad():
+            for adapter in self.clients.values():
+                adapter.vector.copy_(self.average)
+
+    def state(self) -> dict[str, Tensor]:
+        """The average as `trunk/<parameter>`, shaped as peft has it; the rest as `client/<name>/...`."""
+        pieces = torch.split(self.average, [prod(shape) for shape in self.shapes.values()])
+        state = {
+            f"trunk/{name}": piece.view(shape).clone()
+            for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
+        }
+        for client, adapter in self.clients.items():
+            state[f"client/{client}/{VECTOR}"] = adapter.vector.detach().clone()
+            state[f"client/{client}/steps"] = torch.tensor(adapter.optimizer.steps)
+            for name, value in adapter.optimizer.state().items():
+                state[f"client/{client}/optimizer/{name}"] = value
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from `state()`."""
+        device = self.average.device
+        self.average = torch.cat([state[f"trunk/{name}"].flatten() for name in self.shapes]).to(device)
+        self.clients = {}
+        for client in sorted(
+            name.split("/")[1] for name in state if name.startswith("client/") and name.endswith("/steps")
+        ):
+            prefix = f"client/{client}/optimizer/"
+            adapter = self._adapter(state[f"client/{client}/{VECTOR}"].to(device, copy=True))
+            moments = {n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)}
+            adapter.optimizer.load_state(moments, int(state[f"client/{client}/steps"]))
+            self.clients[client] = adapter
+
+    def _adapter(self, values: Tensor) -> ClientAdapter:
+        vector = nn.Parameter(values)
+        return ClientAdapter(vector, PartOptimizer({VECTOR: vector}, self.training, self.total_steps))
