@@ -12,8 +12,8 @@ from typing import assert_never
 from torch import Tensor
 
 from worker_server.aggregation import weighted_mean
-from worker_server.lockstep import Aggregate, Restore, RunBackward, RunEvaluation, RunForward, Ticket, Work
 from worker_server.progress import Progress
+from worker_server.work import Aggregate, Restore, RunBackward, RunEvaluation, RunForward, Ticket, Work
 
 QUEUE_LENGTH = 16
 

@@ -8,9 +8,9 @@ from shared.job import Job
 from shared.payload.messages import Backward, Forward, Join, Update
 from shared.payload.tensors import TensorInfo, decode
 from shared.wire.envelope import Frame
-from worker_server.lockstep import Ticket
 from worker_server.sessions import Session
 from worker_server.trunk import Rows
+from worker_server.work import Ticket
 
 
 @dataclass(frozen=True)

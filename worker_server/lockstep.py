@@ -11,95 +11,28 @@ The members of a round are fixed when it begins; who joins later waits for the n
 deadline counted from the first request of a stage, is left behind: it may join again for the next round. A round that
 loses all its members is undone (`Restore`) and begins anew.
 
-Evaluation requests are answered whenever the trunk is free and change nothing.
-
 Events come in as method calls with the time; each returns the instructions to carry out, in order. An event that does
 not fit the state yields a `Refuse` and changes nothing.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+from worker_server.work import (
+    Aggregate,
+    Finish,
+    Instruction,
+    Restore,
+    RunBackward,
+    RunForward,
+    StartRound,
+    Ticket,
+    in_order,
+    refuse,
+)
 
 Stage = Literal["waiting", "forward", "forwarding", "backward", "backwarding", "updating", "aggregating", "finished"]
 COLLECTING: frozenset[Stage] = frozenset({"forward", "backward", "updating"})
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """One client's request: what the state machine must know, and a payload that it carries unread.
-
-    `weight` is the number of target tokens (Forward) or what the average is weighted by (Update); for Backward,
-    `forward` is the request whose gradient this is.
-    """
-
-    session: bytes
-    client: str
-    request: int
-    payload: Any = field(repr=False, compare=False)
-    tokens: int = 0
-    weight: int = 0
-    forward: int = 0
-
-
-@dataclass(frozen=True)
-class RunForward:
-    """One packed training forward; keep the graph."""
-
-    tickets: tuple[Ticket, ...]
-
-
-@dataclass(frozen=True)
-class RunBackward:
-    """One backward of the kept graph and one optimizer step; tickets without gradients count as absent."""
-
-    forwards: tuple[Ticket, ...]
-    gradients: dict[bytes, Ticket]
-
-
-@dataclass(frozen=True)
-class RunEvaluation:
-    tickets: tuple[Ticket, ...]
-
-
-@dataclass(frozen=True)
-class Aggregate:
-    """Average the updates of `round` (from 0), then keep a checkpoint of `round + 1` completed rounds."""
-
-    round: int
-    updates: tuple[Ticket, ...]
-
-
-@dataclass(frozen=True)
-class Restore:
-    """Go back to the state at the beginning of `round`."""
-
-    round: int
-
-
-@dataclass(frozen=True)
-class StartRound:
-    """Answer these Join or Update requests: the round begins."""
-
-    round: int
-    answers: tuple[Ticket, ...]
-
-
-@dataclass(frozen=True)
-class Finish:
-    answers: tuple[Ticket, ...]
-
-
-@dataclass(frozen=True)
-class Refuse:
-    session: bytes
-    request: int
-    code: str
-    message: str
-
-
-Work = RunForward | RunBackward | RunEvaluation | Aggregate | Restore
-Instruction = Work | StartRound | Finish | Refuse
 
 
 class Lockstep:
@@ -129,63 +62,54 @@ class Lockstep:
         self.forwards: dict[bytes, Ticket] = {}
         self.gradients: dict[bytes, Ticket] = {}
         self.updates: dict[bytes, Ticket] = {}
-        self.evaluations: list[Ticket] = []
-        self.evaluating = False
         self.since: float | None = None
 
     # Events from clients
 
     def joined(self, ticket: Ticket, now: float) -> list[Instruction]:
         if ticket.session in self.active or ticket.session in self.lobby:
-            return [_refuse(ticket, "joined_already", "this session has joined already")]
+            return [refuse(ticket, "joined_already", "this session has joined already")]
         if ticket.client in self.active.values() or any(t.client == ticket.client for t in self.lobby.values()):
-            return [_refuse(ticket, "name_in_use", f"a client named {ticket.client} is here already")]
+            return [refuse(ticket, "name_in_use", f"a client named {ticket.client} is here already")]
         if self.stage == "finished":
             return [Finish((ticket,))]
         if self.places is not None and len(self.active) + len(self.lobby) >= self.places:
-            return [_refuse(ticket, "no_place", f"all {self.places} places (cohort.clients) are taken")]
+            return [refuse(ticket, "no_place", f"all {self.places} places (cohort.clients) are taken")]
         self.lobby[ticket.session] = ticket
         return self._begin_round() if self.stage == "waiting" else []
 
     def forward(self, ticket: Ticket, round: int, step: int, now: float) -> list[Instruction]:
         if ticket.session not in self.active:
-            return [_refuse(ticket, "not_in_round", "not a member of this round; join and wait for the next")]
+            return [refuse(ticket, "not_in_round", "not a member of this round; join and wait for the next")]
         if (round, step) != (self.round, self.step) or self.stage != "forward":
-            return [_refuse(ticket, "wrong_step", f"round {self.round}, step {self.step} is at stage {self.stage}")]
+            return [refuse(ticket, "wrong_step", f"round {self.round}, step {self.step} is at stage {self.stage}")]
         if ticket.session in self.forwards:
-            return [_refuse(ticket, "repeated", "this step's hidden states came already")]
+            return [refuse(ticket, "repeated", "this step's hidden states came already")]
         self.forwards[ticket.session] = ticket
         return self._arrived(now)
 
     def backward(self, ticket: Ticket, now: float) -> list[Instruction]:
         forward = self.forwards.get(ticket.session)
         if self.stage != "backward" or forward is None or forward.request != ticket.forward:
-            return [_refuse(ticket, "wrong_step", f"no hidden states of request {ticket.forward} wait for a gradient")]
+            return [refuse(ticket, "wrong_step", f"no hidden states of request {ticket.forward} wait for a gradient")]
         if ticket.tokens != forward.tokens:
-            return [_refuse(ticket, "tensor", f"a gradient of {ticket.tokens} rows for {forward.tokens} hidden states")]
+            return [refuse(ticket, "tensor", f"a gradient of {ticket.tokens} rows for {forward.tokens} hidden states")]
         if ticket.session in self.gradients:
-            return [_refuse(ticket, "repeated", "this step's gradient came already")]
+            return [refuse(ticket, "repeated", "this step's gradient came already")]
         self.gradients[ticket.session] = ticket
         return self._arrived(now)
 
     def update(self, ticket: Ticket, round: int, now: float) -> list[Instruction]:
         if self.stage != "updating" or ticket.session not in self.active or round != self.round:
-            return [_refuse(ticket, "wrong_step", f"round {self.round} is at stage {self.stage}")]
+            return [refuse(ticket, "wrong_step", f"round {self.round} is at stage {self.stage}")]
         if ticket.session in self.updates:
-            return [_refuse(ticket, "repeated", "this round's update came already")]
+            return [refuse(ticket, "repeated", "this round's update came already")]
         self.updates[ticket.session] = ticket
         return self._arrived(now)
-
-    def evaluate(self, ticket: Ticket) -> list[Instruction]:
-        if any(t.session == ticket.session for t in self.evaluations):
-            return [_refuse(ticket, "repeated", "an evaluation of this session waits already")]
-        self.evaluations.append(ticket)
-        return self._next_evaluation()
 
     def left(self, session: bytes, now: float) -> list[Instruction]:
         """The session has ended."""
         self.lobby.pop(session, None)
-        self.evaluations = [t for t in self.evaluations if t.session != session]
         return self._drop([session], now)
 
     # Events from the compute thread
@@ -209,14 +133,10 @@ class Lockstep:
             self.stage = "finished"
             answers += self.lobby.values()
             self.lobby = {}
-            return [Finish(_in_order(answers))]
+            return [Finish(in_order(answers))]
         self.lobby.update({t.session: t for t in answers})
         self.stage = "waiting"
         return self._begin_round()
-
-    def evaluation_done(self) -> list[Instruction]:
-        self.evaluating = False
-        return self._next_evaluation()
 
     # Time
 
@@ -249,12 +169,12 @@ class Lockstep:
             self.since = None
             if self.stage == "forward":
                 self.stage = "forwarding"
-                return [RunForward(_in_order(self.forwards.values()))]
+                return [RunForward(in_order(self.forwards.values()))]
             if self.stage == "backward":
                 self.stage = "backwarding"
-                return [RunBackward(_in_order(self.forwards.values()), dict(self.gradients))]
+                return [RunBackward(in_order(self.forwards.values()), dict(self.gradients))]
             self.stage = "aggregating"
-            return [Aggregate(self.round, _in_order(self.updates.values()))]
+            return [Aggregate(self.round, in_order(self.updates.values()))]
         return []
 
     def _drop(self, sessions: Iterable[bytes], now: float) -> list[Instruction]:
@@ -281,24 +201,8 @@ class Lockstep:
         if len(self.lobby) < (1 if self.started else self.clients):
             return []
         self.started = True
-        answers = _in_order(self.lobby.values())
+        answers = in_order(self.lobby.values())
         self.active = {ticket.session: ticket.client for ticket in answers}
         self.lobby = {}
         self.stage = "forward"
         return [StartRound(self.round, answers)]
-
-    def _next_evaluation(self) -> list[Instruction]:
-        if self.evaluating or not self.evaluations:
-            return []
-        self.evaluating = True
-        tickets, self.evaluations = _in_order(self.evaluations), []
-        return [RunEvaluation(tickets)]
-
-
-def _in_order(tickets: Iterable[Ticket]) -> tuple[Ticket, ...]:
-    """The fixed order of a cohort, by client name: the same sum in the same order, whoever was faster."""
-    return tuple(sorted(tickets, key=lambda ticket: ticket.client))
-
-
-def _refuse(ticket: Ticket, code: str, message: str) -> Refuse:
-    return Refuse(ticket.session, ticket.request, code, message)

@@ -17,6 +17,7 @@ from shared.payload.messages import Welcome
 from shared.wire.connection import BrokerConnection
 from shared.wire.waker import Waker
 from worker_server.engine import Engine
+from worker_server.inference import Inference
 from worker_server.intake import Intake
 from worker_server.lockstep import Lockstep
 from worker_server.progress import Progress
@@ -92,6 +93,7 @@ class Server:
                     round=progress.round,
                     places=self.job.cohort.clients if self.job.cohort.adapters == "per_client" else None,
                 ),
+                Inference(self.job.cohort.max_batch_tokens),
                 Engine(progress, waker.wake),
                 connection,
                 waker,

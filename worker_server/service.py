@@ -32,12 +32,15 @@ from shared.wire.connection import BrokerConnection
 from shared.wire.envelope import MAX_REASON_CHARS, Close, Data, Envelope, Frame, Open, pack
 from shared.wire.waker import Waker
 from worker_server.engine import Computed, Engine
+from worker_server.inference import Inference
 from worker_server.intake import Intake
-from worker_server.lockstep import (
+from worker_server.lockstep import Lockstep
+from worker_server.sessions import Session, Sessions, code_of
+from worker_server.settings import ServerSettings
+from worker_server.work import (
     Aggregate,
     Finish,
     Instruction,
-    Lockstep,
     Refuse,
     Restore,
     RunBackward,
@@ -46,8 +49,6 @@ from worker_server.lockstep import (
     StartRound,
     Ticket,
 )
-from worker_server.sessions import Session, Sessions, code_of
-from worker_server.settings import ServerSettings
 
 POLL_S = 0.5
 STOP_S = 600.0
@@ -69,6 +70,7 @@ class Service:
         sessions: Sessions,
         intake: Intake,
         lockstep: Lockstep,
+        inference: Inference,
         engine: Engine,
         connection: BrokerConnection,
         waker: Waker,
@@ -78,6 +80,7 @@ class Service:
         self.sessions = sessions
         self.intake = intake
         self.lockstep = lockstep
+        self.inference = inference
         self.engine = engine
         self.connection = connection
         self.waker = waker
@@ -183,7 +186,7 @@ class Service:
                 ticket = self.intake.forward(session, message, frames)
                 return self.lockstep.forward(ticket, message.round, message.step, now)
             case Forward():
-                return self.lockstep.evaluate(self.intake.forward(session, message, frames))
+                return self.inference.evaluate(self.intake.forward(session, message, frames))
             case Backward():
                 return self.lockstep.backward(self.intake.backward(session, message, frames), now)
             case Update():
@@ -204,6 +207,7 @@ class Service:
             return
         self.counters["sessions_closed"] += 1
         event(logger, "session_closed", session=session_id, client=session.client, code=code)
+        self.inference.left(session_id)
         self._carry_out(self.lockstep.left(session_id, now))
 
     def _end(self, session_id: bytes, code: str, message: str, now: float) -> None:
@@ -244,7 +248,7 @@ class Service:
                 self._log_step()
                 self._carry_out(self.lockstep.backward_done())
             case RunEvaluation():
-                self._carry_out(self.lockstep.evaluation_done())
+                self._carry_out(self.inference.done())
             case Aggregate():
                 self._carry_out(self.lockstep.aggregation_done())
             case Restore():

@@ -16,9 +16,9 @@ from shared.model.checkpoint import Checkpoint
 from shared.model.plan import SplitPlan
 from shared.model.trainable import make_trainable
 from worker_server.engine import Computed, Engine
-from worker_server.lockstep import Aggregate, Restore, RunBackward, RunEvaluation, RunForward, Ticket, Work
 from worker_server.progress import Progress
 from worker_server.trunk import Rows, Trunk
+from worker_server.work import Aggregate, Restore, RunBackward, RunEvaluation, RunForward, Ticket, Work
 
 WAIT_S = 60.0
 WIDTH = 32

@@ -8,17 +8,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from worker_server.lockstep import (
+from worker_server.lockstep import Lockstep, Stage
+from worker_server.work import (
     Aggregate,
     Finish,
     Instruction,
-    Lockstep,
     Refuse,
     Restore,
     RunBackward,
-    RunEvaluation,
     RunForward,
-    Stage,
     StartRound,
     Ticket,
     Work,
@@ -195,15 +193,6 @@ def test_who_misses_the_deadline_is_left_behind() -> None:
     assert isinstance(lockstep.forward(ticket(B, 5), 0, 0, 111)[0], Refuse)
 
 
-def test_evaluations_are_answered_together_and_one_batch_at_a_time() -> None:
-    lockstep = started()
-    assert lockstep.evaluate(ticket(B, 3)) == [RunEvaluation((ticket(B, 3),))]
-    assert lockstep.evaluate(ticket(A, 4)) == []
-    assert lockstep.evaluate(ticket(B, 5)) == []
-    assert lockstep.evaluation_done() == [RunEvaluation((ticket(A, 4), ticket(B, 5)))]
-    assert lockstep.evaluation_done() == []
-
-
 def test_a_resumed_job_goes_on_at_its_round_and_waits_for_all_clients() -> None:
     lockstep = Lockstep(clients=2, rounds=5, local_steps=1, deadline_s=1, round=3)
     assert lockstep.joined(ticket(A), 0) == []
@@ -246,26 +235,11 @@ def test_each_stage_takes_its_own_events_and_refuses_the_rest_unchanged(stage: S
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_at_any_stage_a_stranger_may_leave_and_a_client_evaluate(stage: Stage) -> None:
+def test_at_any_stage_a_stranger_may_leave(stage: Stage) -> None:
     lockstep = at(stage)
     before = snapshot(lockstep)
     assert lockstep.left(C, 0) == []
     assert snapshot(lockstep) == before
-    assert lockstep.evaluate(ticket(A, 9)) == [RunEvaluation((ticket(A, 9),))]
-    assert lockstep.stage == stage
-
-
-def test_a_session_has_one_evaluation_waiting() -> None:
-    lockstep = at("forward")
-    lockstep.evaluate(ticket(B, 3))
-    lockstep.evaluate(ticket(A, 4))
-    before = snapshot(lockstep)
-    (refusal,) = lockstep.evaluate(ticket(A, 5))
-    assert isinstance(refusal, Refuse)
-    assert refusal.code == "repeated"
-    assert snapshot(lockstep) == before
-    lockstep.left(A, 0)
-    assert lockstep.evaluation_done() == []
 
 
 @pytest.mark.parametrize("stage", ["backward", "updating"])
@@ -318,7 +292,7 @@ def test_a_gradient_that_does_not_fit_is_refused(event: Any, code: str) -> None:
     assert snapshot(lockstep) == before
 
 
-KINDS = ["join", "forward", "backward", "update", "evaluate"]
+KINDS = ["join", "forward", "backward", "update"]
 
 
 class Histories(RuleBasedStateMachine):
@@ -341,8 +315,6 @@ class Histories(RuleBasedStateMachine):
                 assert instruction.gradients.keys() <= {t.session for t in instruction.forwards}
             if isinstance(instruction, Aggregate):
                 assert [t.session for t in instruction.updates] == sorted(self.lockstep.active)
-            if isinstance(instruction, RunEvaluation):
-                assert not any(isinstance(work, RunEvaluation) for work in self.queue)
             if isinstance(instruction, Work):
                 self.queue.append(instruction)
 
@@ -359,8 +331,6 @@ class Histories(RuleBasedStateMachine):
                 self.carry(lockstep.backward(ticket(session, 6, forward=5 - off), self.now))
             case "update":
                 self.carry(lockstep.update(ticket(session, 8, weight=1), round_ + off, self.now))
-            case "evaluate":
-                self.carry(lockstep.evaluate(ticket(session, 9)))
 
     @rule(session=st.sampled_from([A, B, C]))
     def leave(self, session: bytes) -> None:
@@ -395,8 +365,6 @@ class Histories(RuleBasedStateMachine):
                 self.carry(self.lockstep.backward_done())
             case Aggregate():
                 self.carry(self.lockstep.aggregation_done())
-            case RunEvaluation():
-                self.carry(self.lockstep.evaluation_done())
 
     @invariant()
     def the_queue_of_works_is_short(self) -> None:

@@ -1,0 +1,91 @@
+"""What the state machines tell the rest of the server to do, as plain data."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """One client's request: what the state machine must know, and a payload that it carries unread.
+
+    `weight` is the number of target tokens (Forward) or what the average is weighted by (Update); for Backward,
+    `forward` is the request whose gradient this is.
+    """
+
+    session: bytes
+    client: str
+    request: int
+    payload: Any = field(repr=False, compare=False)
+    tokens: int = 0
+    weight: int = 0
+    forward: int = 0
+
+
+@dataclass(frozen=True)
+class RunForward:
+    """One packed training forward; keep the graph."""
+
+    tickets: tuple[Ticket, ...]
+
+
+@dataclass(frozen=True)
+class RunBackward:
+    """One backward of the kept graph and one optimizer step; tickets without gradients count as absent."""
+
+    forwards: tuple[Ticket, ...]
+    gradients: dict[bytes, Ticket]
+
+
+@dataclass(frozen=True)
+class RunEvaluation:
+    tickets: tuple[Ticket, ...]
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Average the updates of `round` (from 0), then keep a checkpoint of `round + 1` completed rounds."""
+
+    round: int
+    updates: tuple[Ticket, ...]
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Go back to the state at the beginning of `round`."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class StartRound:
+    """Answer these Join or Update requests: the round begins."""
+
+    round: int
+    answers: tuple[Ticket, ...]
+
+
+@dataclass(frozen=True)
+class Finish:
+    answers: tuple[Ticket, ...]
+
+
+@dataclass(frozen=True)
+class Refuse:
+    session: bytes
+    request: int
+    code: str
+    message: str
+
+
+Work = RunForward | RunBackward | RunEvaluation | Aggregate | Restore
+Instruction = Work | StartRound | Finish | Refuse
+
+
+def in_order(tickets: Iterable[Ticket]) -> tuple[Ticket, ...]:
+    """The fixed order of a cohort, by client name: the same sum in the same order, whoever was faster."""
+    return tuple(sorted(tickets, key=lambda ticket: (ticket.client, ticket.request)))
+
+
+def refuse(ticket: Ticket, code: str, message: str) -> Refuse:
+    return Refuse(ticket.session, ticket.request, code, message)
