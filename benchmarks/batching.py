@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,8 @@ from shared.model.carve import load_part
 from shared.model.checkpoint import Checkpoint
 from shared.model.plan import SplitPlan
 from shared.model.trainable import make_trainable
-from worker_server.trunk import Rows, Trunk
+from worker_server.kept import Rows
+from worker_server.trunk import Trunk
 
 Kind = Literal["ragged", "short", "per client"]
 
@@ -45,6 +46,13 @@ SIZES: dict[str, dict[str, int]] = {
         "vocab_size": 26_000,
     },
 }
+
+
+def step(trunk: Trunk, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Backward and optimizer step."""
+    results = trunk.backward(0, gradients)
+    trunk.step()
+    return results
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,8 @@ def make_cohort(kind: Kind, clients: int, width: int) -> tuple[list[Rows], list[
 
 
 def run_together(trunk: Trunk, cohort: list[Rows], gradients: list[Tensor]) -> None:
-    trunk.forward(cohort)
-    trunk.backward(gradients)
+    trunk.forward(0, cohort)
+    step(trunk, gradients)
 
 
 def run_one_by_one(trunk: Trunk, cohort: list[Rows], gradients: list[Tensor]) -> None:
@@ -113,8 +121,8 @@ def run_one_by_one(trunk: Trunk, cohort: list[Rows], gradients: list[Tensor]) ->
 def run_each_alone(trunk: Trunk, cohort: list[Rows], gradients: list[Tensor]) -> None:
     """Per-client adapters: each client's forward, backward and optimizer step."""
     for rows, gradient in zip(cohort, gradients, strict=True):
-        trunk.forward([rows])
-        trunk.backward([gradient])
+        trunk.forward(0, [rows])
+        step(trunk, [gradient])
 
 
 def seconds(run: Callable[[Trunk, list[Rows], list[Tensor]], None], *arguments: Any) -> float:

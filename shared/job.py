@@ -53,9 +53,14 @@ Method = Annotated[Lora | Full, Field(discriminator="type")]
 
 
 class Training(Settings):
-    """Each party's optimizer: AdamW (arXiv 1711.05101), a schedule over all steps, clipping by the norm of the part."""
+    """Each party's optimizer: AdamW (arXiv 1711.05101), a schedule over all steps, clipping by the norm of the part.
+
+    A step is `gradient_accumulation_steps` batches. `trunk_dtype` is that of the trunk's frozen weights; what is
+    trained, optimizers and reductions are float32 always.
+    """
 
     per_device_train_batch_size: Positive = 8
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=64)] = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -66,6 +71,7 @@ class Training(Settings):
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     parts: Annotated[tuple[TrainedPart, ...], Field(min_length=1)] = ("head", "trunk", "tail")
+    trunk_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class Data(Settings):
@@ -87,12 +93,18 @@ class Rounds(Settings):
 class Cohort(Settings):
     """Who steps together. Training starts with `clients` clients; a step waits `deadline_s` for the last of them.
 
+    `mode`: lockstep, where every step is one of all clients, exactly; or greedy, where the trunk takes what is there,
+    and a cohort's backward waits `patience_s` for the last gradient. `in_flight`: how many batches (lockstep: of one
+    step) a client has under way at once, to hide the network's delay.
     `adapters`: one set in the trunk, trained by all, or one a client (of at most `clients`), averaged after each round.
     """
 
     clients: Annotated[int, Field(ge=1, le=4096)] = 1
     adapters: Literal["shared", "per_client"] = "shared"
+    mode: Literal["lockstep", "greedy"] = "lockstep"
+    in_flight: Annotated[int, Field(ge=1, le=16)] = 1
     deadline_s: Seconds = 120.0
+    patience_s: Seconds = 1.0
     max_batch_tokens: Annotated[int, Field(ge=1, le=2**24)] = 65_536
 
 
@@ -122,6 +134,21 @@ class Job(Settings):
             raise ValueError("training.parts names a part twice")
         if self.cohort.adapters == "per_client" and (self.method.type != "lora" or "trunk" not in self.training.parts):
             raise ValueError("cohort.adapters=per_client needs method.type=lora, and trunk among training.parts")
+        accumulated = self.training.gradient_accumulation_steps
+        if self.cohort.mode == "greedy" and accumulated > 1:
+            raise ValueError(
+                f"training.gradient_accumulation_steps={accumulated} needs cohort.mode=lockstep: in greedy mode every "
+                "batch is a step"
+            )
+        if self.cohort.mode == "lockstep" and self.cohort.in_flight > accumulated:
+            raise ValueError(
+                f"cohort.in_flight={self.cohort.in_flight} needs training.gradient_accumulation_steps of as many in "
+                "lockstep: a client has only batches of one step under way"
+            )
+        if self.training.trunk_dtype != "float32" and self.method.type == "full" and "trunk" in self.training.parts:
+            raise ValueError(
+                f"training.trunk_dtype={self.training.trunk_dtype} is for frozen weights; method.type=full trains them"
+            )
         batch_tokens = self.training.per_device_train_batch_size * self.data.max_length
         if batch_tokens > self.cohort.max_batch_tokens:
             raise ValueError(

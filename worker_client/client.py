@@ -20,7 +20,8 @@ from worker_client.data import LoadedRows, Row, load_rows, split_validation
 from worker_client.head_tail import HeadTail, Score, load_client_parts
 from worker_client.link import Link
 from worker_client.remote_trunk import RemoteTrunk
-from worker_client.training import Report, Training
+from worker_client.steps import Report
+from worker_client.training import Training
 
 # A cohort waits for its slowest member until the job's deadline; the answer itself takes a little longer.
 GRACE_S = 60.0

@@ -1,5 +1,6 @@
 """The client's two parts around the trunk: hidden states out of the head, loss and scores out of the tail."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,9 +61,23 @@ class HeadTail:
         self.head.module.train(on)
         self.tail.module.train(on)
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """The head's output, (T, d)."""
-        return self.head.embed(batch.input_ids, batch.lengths)
+    def version(self) -> dict[str, Tensor]:
+        """A copy of the head's trained parameters, leaves by their names in its base model."""
+        return {n: p.detach().clone().requires_grad_() for n, p in self._head_parameters().items()}
+
+    def take(self, version: Mapping[str, Tensor]) -> None:
+        """Hand the gradients of a version's leaves to the parameters."""
+        for name, parameter in self._head_parameters().items():
+            gradient = version[name].grad
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def _head_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.head.base.named_parameters() if p.requires_grad}
+
+    def hidden(self, batch: Batch, version: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The head's output, (T, d); with the parameters of `version`, or the latest."""
+        return self.head.embed(batch.input_ids, batch.lengths, version)
 
     def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy over the batch's target tokens, from the trunk's output (T, d)."""

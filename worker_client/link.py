@@ -84,7 +84,7 @@ class Link:
         """Raises ConnectionFailed, HandshakeError or Refused; waits `connect_timeout_s` at most for each answer."""
         self.thread.start()
         try:
-            self._wait(self.welcome, 2 * self.connect_timeout_s, "the server does not answer")
+            self.wait(self.welcome, 2 * self.connect_timeout_s, "the server does not answer")
         except BaseException:
             self._stop()
             raise
@@ -120,9 +120,10 @@ class Link:
         Raises Refused with the server's reason, DeadlineExceeded, ConnectionFailed.
         """
         kind = type(message).__name__.lower()
-        return self._wait(self.send(message, frames), timeout_s, f"no answer to a {kind} request")
+        return self.wait(self.send(message, frames), timeout_s, f"no answer to a {kind} request")
 
-    def _wait(self, answer: "Future[Answer]", timeout_s: float, what: str) -> Answer:
+    def wait(self, answer: "Future[Answer]", timeout_s: float, what: str) -> Answer:
+        """What `send` returned, when it is there. Raises Refused, DeadlineExceeded, ConnectionFailed."""
         try:
             return answer.result(timeout_s)
         except FutureTimeout:

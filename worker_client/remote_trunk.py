@@ -1,6 +1,7 @@
 """The trunk as the client sees it: hidden states go in and come out, gradients go back. Tensors here, bytes below."""
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,15 @@ class Boundary:
     round: int | None
     members: int
     averages: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A request under way: its number, the shape of the tensor that answers it, and where the answer arrives."""
+
+    request: int
+    shape: tuple[int, ...]
+    answer: "Future[Answer]"
 
 
 @dataclass(frozen=True)
@@ -46,41 +56,62 @@ class RemoteTrunk:
         )
         return self._boundary(message, [frame for _, frame in encoded])
 
-    def forward(
-        self, hidden: Tensor, batch: Batch, *, round: int, step: int, wants_gradient: bool
-    ) -> tuple[int, Tensor]:
-        """A training step's hidden states (T, d): the request's number, and the trunk's output (T, d), float32."""
-        return self._forward(hidden, batch, purpose="train", round=round, step=step, wants_gradient=wants_gradient)
+    def send_forward(
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        *,
+        round: int,
+        step: int,
+        micro_batch: int,
+        target_tokens: int,
+        wants_gradient: bool,
+    ) -> Pending:
+        """A training batch's hidden states (T, d); `target_tokens` of its whole step. Does not wait."""
+        return self._send_forward(
+            hidden,
+            batch,
+            purpose="train",
+            round=round,
+            step=step,
+            micro_batch=micro_batch,
+            target_tokens=target_tokens,
+            wants_gradient=wants_gradient,
+        )
 
     def evaluate(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The trunk's output (T, d), without effect on anything."""
-        return self._forward(hidden, batch, purpose="evaluate", wants_gradient=False)[1]
-
-    def backward(self, forward: int, gradient: Tensor) -> Tensor | None:
-        """The gradient at the head's output (T, d) for one at the tail's input, or None if none was wanted."""
-        info, frame = encode("gradient", gradient, self.job.wire.gradient)
-        message = Backward(request=self.link.next_request(), forward=forward, tensors=(info,))
-        answer = self._call(message, [frame])
-        reply = _expect(answer, Gradient)
-        if not reply.tensors:
-            return None
-        return decode(reply.tensors[0], answer.frames[0], shape=gradient.shape, dtype=self.job.wire.gradient)
-
-    def _forward(self, hidden: Tensor, batch: Batch, **settings: Any) -> tuple[int, Tensor]:
-        info, frame = encode("hidden", hidden, self.job.wire.hidden)
-        message = Forward(
-            request=self.link.next_request(),
-            lengths=batch.lengths,
-            target_tokens=batch.target_tokens,
-            tensors=(info,),
-            **settings,
+        targets = batch.target_tokens
+        return self.hidden(
+            self._send_forward(hidden, batch, purpose="evaluate", target_tokens=targets, wants_gradient=False)
         )
-        answer = self._call(message, [frame])
+
+    def hidden(self, pending: Pending) -> Tensor:
+        """The trunk's output (T, d), float32, for a forward."""
+        answer = self.link.wait(pending.answer, self.timeout_s, "no answer to a forward request")
         reply = _expect(answer, Hidden)
         if len(reply.tensors) != 1:
             raise SchemaError("the server answered without hidden states")
-        output = decode(reply.tensors[0], answer.frames[0], shape=hidden.shape, dtype=self.job.wire.hidden)
-        return message.request, output
+        return decode(reply.tensors[0], answer.frames[0], shape=pending.shape, dtype=self.job.wire.hidden)
+
+    def send_backward(self, forward: int, gradient: Tensor) -> Pending:
+        """The gradient at the tail's input (T, d) for the forward of that number. Does not wait."""
+        info, frame = encode("gradient", gradient, self.job.wire.gradient)
+        message = Backward(request=self.link.next_request(), forward=forward, tensors=(info,))
+        return Pending(message.request, tuple(gradient.shape), self.link.send(message, [frame]))
+
+    def gradient(self, pending: Pending) -> Tensor | None:
+        """The gradient at the head's output (T, d) for a backward, or None if none was wanted."""
+        answer = self.link.wait(pending.answer, self.timeout_s, "no answer to a backward request")
+        reply = _expect(answer, Gradient)
+        if not reply.tensors:
+            return None
+        return decode(reply.tensors[0], answer.frames[0], shape=pending.shape, dtype=self.job.wire.gradient)
+
+    def _send_forward(self, hidden: Tensor, batch: Batch, **settings: Any) -> Pending:
+        info, frame = encode("hidden", hidden, self.job.wire.hidden)
+        message = Forward(request=self.link.next_request(), lengths=batch.lengths, tensors=(info,), **settings)
+        return Pending(message.request, tuple(hidden.shape), self.link.send(message, [frame]))
 
     def _boundary(self, message: Join | Update, frames: list[memoryview]) -> Boundary:
         answer = self._call(message, frames)

@@ -1,10 +1,9 @@
 """The client's training loop: rounds of local steps with the remote trunk, averages between them, state on disk."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +13,14 @@ from shared.errors import CheckpointError, TensorError
 from shared.job import Job
 from shared.model.optimizer import PartOptimizer
 from shared.model.trainable import load_trained
-from worker_client.batches import batch_indices, pack_rows
+from worker_client.batches import pack_rows
 from worker_client.data import Row
 from worker_client.head_tail import NO_SCORE, HeadTail, Score
 from worker_client.remote_trunk import Boundary, RemoteTrunk
+from worker_client.steps import Report, Steps
 
 # Two to go back to: a server killed while it averaged begins its last round anew.
 KEPT_CHECKPOINTS = 2
-
-Report = Callable[[dict[str, Any]], None]
 
 
 @dataclass
@@ -53,7 +51,7 @@ class Training:
             self.report({"event": "round", "round": boundary.round, "members": boundary.members})
             if boundary.round % self.job.rounds.evaluate_every == 0:
                 score = self._evaluate(boundary.round)
-            weight = sum(self._step(boundary.round, step) for step in range(self.job.rounds.local_steps))
+            weight = self._train_round(boundary.round)
             self.completed = boundary.round + 1
             self._save()
             if self.job.rounds.weighting == "rows":
@@ -64,43 +62,9 @@ class Training:
         self.report({"event": "finished", "rounds": self.job.rounds.count})
         return score
 
-    def _step(self, round: int, step: int) -> int:
-        """One local step; the number of target tokens it trained on."""
-        began = time.monotonic()
-        number = round * self.job.rounds.local_steps + step
-        training = self.job.training
-        chosen = batch_indices(len(self.rows), training.per_device_train_batch_size, number, training.seed)
-        batch = pack_rows([self.rows[index] for index in chosen])
-        self.parts.train_mode(True)
-        hidden = self.parts.hidden(batch)
-        wants_gradient = self.parts.head_is_trained
-        asked = time.monotonic()
-        request, output = self.trunk.forward(hidden, batch, round=round, step=step, wants_gradient=wants_gradient)
-        waited = time.monotonic() - asked
-        output.requires_grad_()
-        loss = self.parts.loss(output, batch)
-        torch.autograd.backward(loss)
-        assert output.grad is not None
-        asked = time.monotonic()
-        gradient = self.trunk.backward(request, output.grad)
-        waited += time.monotonic() - asked
-        if wants_gradient:
-            if gradient is None:
-                raise TensorError("the server returned no gradient for the head")
-            torch.autograd.backward(hidden, gradient)
-        self.optimizer.step()
-        self.report(
-            {
-                "event": "step",
-                "step": number,
-                "round": round,
-                "loss": float(loss.detach()),
-                "tokens": batch.tokens,
-                "seconds": time.monotonic() - began,
-                "waited_s": waited,
-            }
-        )
-        return batch.target_tokens
+    def _train_round(self, round: int) -> int:
+        steps = Steps(self.job, self.parts, self.trunk, self.rows, self.optimizer, self.report)
+        return steps.train_round(round)
 
     def _evaluate(self, round: int) -> Score | None:
         """The joint model on the validation rows, in batches of the training size."""
@@ -171,7 +135,7 @@ class Training:
             raise CheckpointError(f"{self.out}: holds checkpoints of another job", hint="give --out another folder")
         load_trained(self.parts.parameters, _under("trained/", tensors))
         self.optimizer = self._fresh_optimizer()
-        self.optimizer.load_state(_under("optimizer/", tensors), int(facts["steps"]))
+        self.optimizer.load_state(_under("optimizer/", tensors), float(facts["steps"]))
         torch.set_rng_state(tensors["random/torch"])
         self.completed = number
         self.report({"event": "resumed", "round": number})

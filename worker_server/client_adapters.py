@@ -61,16 +61,16 @@ class ClientAdapters:
             if name not in self.clients:
                 self.clients[name] = self._adapter(self.average.clone())
 
-    def enter(self, names: Sequence[str], tokens: Sequence[int], *, train: bool) -> Tensor:
-        """Route the next forward: `tokens` tokens of each client in turn. Their weights (c, P), a leaf of its graph.
+    def stack(self, names: Sequence[str]) -> Tensor:
+        """A copy of the weights of each client named, (c, P); the average for one that has none of its own."""
+        return torch.stack(
+            [self.clients[name].vector.detach() if name in self.clients else self.average for name in names]
+        )
 
-        The leaf is a copy: a backward later uses what its forward used, whatever was stepped in between.
-        """
-        own = [self.clients[name].vector.detach() if name in self.clients else self.average for name in names]
-        weights = torch.stack(own).requires_grad_(train)
+    def route(self, weights: Tensor, tokens: Sequence[int]) -> None:
+        """Let the next forward's `tokens` tokens of each client in turn go through its row of `weights` (c, P)."""
         sizes = [prod(shape) for shape in self.shapes.values()]
         self.routing.set(tiling(tokens, weights.device), torch.split(weights, sizes, 1))
-        return weights
 
     def step(self, gradients: Mapping[str, Tensor]) -> None:
         """One optimizer step of each client named, with its gradient (P,). One that overflows moves nothing."""
@@ -102,7 +102,7 @@ class ClientAdapters:
         }
         for client, adapter in self.clients.items():
             state[f"client/{client}/{VECTOR}"] = adapter.vector.detach().clone()
-            state[f"client/{client}/steps"] = torch.tensor(adapter.optimizer.steps)
+            state[f"client/{client}/steps"] = torch.tensor(adapter.optimizer.steps, dtype=torch.float64)
             for name, value in adapter.optimizer.state().items():
                 state[f"client/{client}/optimizer/{name}"] = value
         return state
@@ -118,7 +118,7 @@ class ClientAdapters:
             prefix = f"client/{client}/optimizer/"
             adapter = self._adapter(state[f"client/{client}/{VECTOR}"].to(device, copy=True))
             moments = {n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)}
-            adapter.optimizer.load_state(moments, int(state[f"client/{client}/steps"]))
+            adapter.optimizer.load_state(moments, float(state[f"client/{client}/steps"]))
             self.clients[client] = adapter
 
     def _adapter(self, values: Tensor) -> ClientAdapter:

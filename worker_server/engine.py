@@ -70,13 +70,16 @@ class Engine:
     def _do(self, work: Work) -> Computed:
         trunk = self.progress.trunk
         match work:
-            case RunForward(tickets):
-                return _answered(work, tickets, trunk.forward([ticket.payload for ticket in tickets]))
+            case RunForward(cohort, tickets):
+                return _answered(work, tickets, trunk.forward(cohort, [ticket.payload for ticket in tickets]))
             case RunEvaluation(tickets):
                 return _answered(work, tickets, trunk.evaluate([ticket.payload for ticket in tickets]))
-            case RunBackward(forwards, gradients):
+            case RunBackward(cohort, forwards, gradients, steps, last):
                 present = [gradients.get(forward.session) for forward in forwards]
-                results = trunk.backward([None if ticket is None else ticket.payload for ticket in present])
+                payloads = [None if ticket is None else ticket.payload for ticket in present]
+                results = trunk.backward(cohort, payloads, last=last)
+                if steps is not None:
+                    trunk.step(steps)
                 pairs = zip(present, results, strict=True)
                 return Computed(work, tuple((ticket, result) for ticket, result in pairs if ticket is not None))
             case Aggregate(_, updates):

@@ -8,8 +8,8 @@ from shared.job import Job
 from shared.payload.messages import Backward, Forward, Join, Update
 from shared.payload.tensors import TensorInfo, decode
 from shared.wire.envelope import Frame
+from worker_server.kept import Rows
 from worker_server.sessions import Session
-from worker_server.trunk import Rows
 from worker_server.work import Ticket
 
 
@@ -37,7 +37,10 @@ class Intake:
             raise Refused(
                 f"a row of {max(message.lengths)} tokens; the longest is {self.max_length}", reason="too_long"
             )
-        if message.target_tokens > tokens:
+        most = tokens
+        if message.purpose == "train":
+            most += (self.job.training.gradient_accumulation_steps - 1) * self.job.cohort.max_batch_tokens
+        if message.target_tokens > most:
             raise Refused(f"{message.target_tokens} target tokens among {tokens}", reason="target_tokens")
         info = _only(message.tensors)
         hidden = decode(info, frames[0], shape=(tokens, self.width), dtype=self.job.wire.hidden)

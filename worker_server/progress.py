@@ -58,7 +58,7 @@ class Progress:
         if facts["model"] != vars(self.fingerprint):
             raise CheckpointError(f"{self.folder}: belongs to another model", hint="use another --state folder")
         averages = {name.removeprefix("average/"): t for name, t in tensors.items() if name.startswith("average/")}
-        self.trunk.load_state(tensors, int(facts["steps"]))
+        self.trunk.load_state(tensors, float(facts["steps"]))
         self.averages = averages
         self.round = number
 

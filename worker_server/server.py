@@ -17,14 +17,18 @@ from shared.payload.messages import Welcome
 from shared.wire.connection import BrokerConnection
 from shared.wire.waker import Waker
 from worker_server.engine import Engine
+from worker_server.greedy import Greedy
 from worker_server.inference import Inference
 from worker_server.intake import Intake
 from worker_server.lockstep import Lockstep
 from worker_server.progress import Progress
+from worker_server.rounds import Plan, Rounds
 from worker_server.service import Service
 from worker_server.sessions import Sessions
 from worker_server.settings import ServerSettings
 from worker_server.trunk import Trunk
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Server:
@@ -48,7 +52,7 @@ class Server:
 
     @property
     def completed_rounds(self) -> int:
-        return 0 if self.service is None else self.service.lockstep.round
+        return 0 if self.service is None else self.service.rounds.round
 
     @property
     def finished(self) -> bool:
@@ -66,10 +70,12 @@ class Server:
             torch.set_num_threads(self.settings.threads)
         checkpoint = Checkpoint(self.job.model_name_or_path)
         plan = SplitPlan(self.job.split.head_blocks, self.job.split.tail_blocks, checkpoint.config.num_hidden_layers)
-        part = load_part(checkpoint, plan, "trunk", device=self.settings.device)
+        dtype = DTYPES[self.job.training.trunk_dtype]
+        part = load_part(checkpoint, plan, "trunk", dtype=dtype, device=self.settings.device)
         make_trainable(part, self.job)
         fingerprint = checkpoint.fingerprint()
-        progress = Progress(self.settings.state, self.job, fingerprint, Trunk(part, self.job, self.settings.device))
+        trunk = Trunk(part, self.job, self.settings.device, self.settings.max_kept_tokens)
+        progress = Progress(self.settings.state, self.job, fingerprint, trunk)
         progress.begin()
         name = key_digest(self.identity.public)
         with (
@@ -85,14 +91,7 @@ class Server:
                     max_length=self.job.data.max_length,
                     update_shapes=update_shapes(checkpoint.config, plan, self.job),
                 ),
-                Lockstep(
-                    clients=self.job.cohort.clients,
-                    rounds=self.job.rounds.count,
-                    local_steps=self.job.rounds.local_steps,
-                    deadline_s=self.job.cohort.deadline_s,
-                    round=progress.round,
-                    places=self.job.cohort.clients if self.job.cohort.adapters == "per_client" else None,
-                ),
+                make_rounds(self.job, progress.round),
                 Inference(self.job.cohort.max_batch_tokens),
                 Engine(progress, waker.wake),
                 connection,
@@ -106,3 +105,19 @@ class Server:
             )
             if not self._stop.is_set():
                 self.service.run()
+
+
+def make_rounds(job: Job, round: int) -> Rounds:
+    """The state machine of the job's kind of cohorts."""
+    plan = Plan(
+        clients=job.cohort.clients,
+        rounds=job.rounds.count,
+        local_steps=job.rounds.local_steps,
+        deadline_s=job.cohort.deadline_s,
+        places=job.cohort.clients if job.cohort.adapters == "per_client" else None,
+        micro_batches=job.training.gradient_accumulation_steps,
+        in_flight=job.cohort.in_flight,
+        patience_s=job.cohort.patience_s,
+        max_batch_tokens=job.cohort.max_batch_tokens,
+    )
+    return Lockstep(plan, round) if job.cohort.mode == "lockstep" else Greedy(plan, round)

@@ -34,7 +34,7 @@ from shared.wire.waker import Waker
 from worker_server.engine import Computed, Engine
 from worker_server.inference import Inference
 from worker_server.intake import Intake
-from worker_server.lockstep import Lockstep
+from worker_server.rounds import Rounds
 from worker_server.sessions import Session, Sessions, code_of
 from worker_server.settings import ServerSettings
 from worker_server.work import (
@@ -69,7 +69,7 @@ class Service:
         settings: ServerSettings,
         sessions: Sessions,
         intake: Intake,
-        lockstep: Lockstep,
+        rounds: Rounds,
         inference: Inference,
         engine: Engine,
         connection: BrokerConnection,
@@ -79,7 +79,7 @@ class Service:
         self.settings = settings
         self.sessions = sessions
         self.intake = intake
-        self.lockstep = lockstep
+        self.rounds = rounds
         self.inference = inference
         self.engine = engine
         self.connection = connection
@@ -97,7 +97,7 @@ class Service:
     def run(self) -> None:
         """Raises ConnectionFailed if the broker is not there or falls silent, and what the compute thread raised."""
         self.connection.open(self.settings.connect_timeout_s, lambda: self.state is State.STOPPING)
-        event(logger, "server_ready", broker=self.connection.address, round=self.lockstep.round)
+        event(logger, "server_ready", broker=self.connection.address, round=self.rounds.round)
         self.engine.start()
         poller = zmq.Poller()
         poller.register(self.connection.socket, zmq.POLLIN)
@@ -115,20 +115,20 @@ class Service:
         while (envelope := self.connection.receive(now)) is not None:
             self._receive(envelope, now)
         for outcome in self.engine.collect():
-            self._deliver(outcome)
-        self._carry_out(self.lockstep.tick(now))
+            self._deliver(outcome, now)
+        self._carry_out(self.rounds.tick(now))
         for session in self.sessions.silent(now - self.settings.silent_session_s):
             self._end(session.id, "silent", "no record came after the handshake", now)
         self.connection.tick(now)
 
     def _poll_ms(self, now: float) -> int:
-        deadline = self.lockstep.deadline()
+        deadline = self.rounds.deadline()
         wait = POLL_S if deadline is None else min(POLL_S, max(0.0, deadline - now))
         return int(wait * 1000) + 1
 
     def _all_done(self, now: float) -> bool:
         """The job is finished and every client has left, or has had its time to."""
-        if self.lockstep.stage != "finished":
+        if self.rounds.stage != "finished":
             return False
         if self.finished_at is None:
             self.finished_at = now
@@ -181,16 +181,16 @@ class Service:
             case Join():
                 self._supersede(session, now)
                 event(logger, "client_joined", session=session.id, client=session.client, rows=message.rows)
-                return self.lockstep.joined(self.intake.join(session, message), now)
+                return self.rounds.joined(self.intake.join(session, message), now)
             case Forward(purpose="train"):
                 ticket = self.intake.forward(session, message, frames)
-                return self.lockstep.forward(ticket, message.round, message.step, now)
+                return self.rounds.forward(ticket, message.round, message.step, message.micro_batch, now)
             case Forward():
                 return self.inference.evaluate(self.intake.forward(session, message, frames))
             case Backward():
-                return self.lockstep.backward(self.intake.backward(session, message, frames), now)
+                return self.rounds.backward(self.intake.backward(session, message, frames), now)
             case Update():
-                return self.lockstep.update(self.intake.update(session, message, frames), message.round, now)
+                return self.rounds.update(self.intake.update(session, message, frames), message.round, now)
             case Leave():
                 self._left(session.id, "left", now)
                 return []
@@ -208,7 +208,7 @@ class Service:
         self.counters["sessions_closed"] += 1
         event(logger, "session_closed", session=session_id, client=session.client, code=code)
         self.inference.left(session_id)
-        self._carry_out(self.lockstep.left(session_id, now))
+        self._carry_out(self.rounds.left(session_id, now))
 
     def _end(self, session_id: bytes, code: str, message: str, now: float) -> None:
         self._close(session_id, code, message)
@@ -223,7 +223,7 @@ class Service:
                     event(logger, "round_started", round=round_, clients=len(answers))
                     self._send_averages(answers, round_)
                 case Finish(answers):
-                    event(logger, "job_finished", rounds=self.lockstep.round)
+                    event(logger, "job_finished", rounds=self.rounds.round)
                     self._send_averages(answers, None)
                 case Refuse(session_id, request, code, text):
                     session = self.sessions.get(session_id)
@@ -236,21 +236,21 @@ class Service:
                 case _:
                     self.engine.submit(instruction)
 
-    def _deliver(self, outcome: Computed) -> None:
+    def _deliver(self, outcome: Computed, now: float) -> None:
         for ticket, tensor in outcome.answers:
             session = self.sessions.get(ticket.session)
             if session is not None:
                 self._answer(session, outcome, ticket, tensor)
         match outcome.work:
             case RunForward():
-                self._carry_out(self.lockstep.forward_done())
+                self._carry_out(self.rounds.forward_done(outcome.work.cohort, now))
             case RunBackward():
                 self._log_step()
-                self._carry_out(self.lockstep.backward_done())
+                self._carry_out(self.rounds.backward_done(outcome.work.cohort, now))
             case RunEvaluation():
                 self._carry_out(self.inference.done())
             case Aggregate():
-                self._carry_out(self.lockstep.aggregation_done())
+                self._carry_out(self.rounds.aggregation_done())
             case Restore():
                 pass
 
@@ -276,7 +276,7 @@ class Service:
                 continue
             answer: Message
             if round_ is None:
-                answer = Finished(request=ticket.request, rounds=self.lockstep.round, tensors=infos)
+                answer = Finished(request=ticket.request, rounds=self.rounds.round, tensors=infos)
             else:
                 answer = RoundStart(request=ticket.request, round=round_, members=len(answers), tensors=infos)
             self._send(session, answer, [frame for _, frame in encoded])
@@ -294,7 +294,7 @@ class Service:
 
     def _log_step(self) -> None:
         self.counters["steps"] += 1
-        event(logger, "step_done", level=logging.DEBUG, round=self.lockstep.round, step=self.lockstep.step)
+        event(logger, "step_done", level=logging.DEBUG, round=self.rounds.round, steps=self.counters["steps"])
 
     def _count_refusal(self, error: FlglmError, session: bytes) -> None:
         self.counters[f"refused_{code_of(error)}"] += 1

@@ -16,6 +16,8 @@ class ServerSettings(BaseModel):
     device: str = "cpu"
     threads: Annotated[int, Field(ge=1)] | None = None
     connect_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    # Forwards that wait for their gradients keep graphs of so many tokens at most; what is over is computed again.
+    max_kept_tokens: Annotated[int, Field(ge=0)] = 2**18
     max_sessions: Annotated[int, Field(ge=1)] = 1024
     # A session whose client has not sent a record after this long was, perhaps, a replayed greeting.
     silent_session_s: Annotated[float, Field(gt=0)] = 30.0

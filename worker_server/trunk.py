@@ -1,15 +1,18 @@
 """The trunk's arithmetic: packed forwards, one backward a cohort, the optimizer step, its state.
 
-Every client sends the gradient of the mean loss over its own n_i target tokens. The trunk's loss is the mean over all
-N target tokens of the cohort, so client i's gradient enters the backward times n_i / N; on the way out its rows are
-divided by the same number, and the head gets the gradient of the client's own mean. One client alone: n_i / N = 1, and
-nothing is rounded. With per-client adapters every client is alone in this sense.
+Every client sends the gradient of the mean loss over the n_i target tokens of its step. The trunk's loss is the mean
+over all N target tokens of the members present, so client i's gradient enters the backward times n_i / N; on the way
+out its rows are divided by the same number, and the head gets the gradient of the client's own mean. One client alone:
+n_i / N = 1, and nothing is rounded. With per-client adapters every client is alone in this sense.
+
+Of a forward the graph is kept, so that a step costs one forward and one backward. Rows whose gradient comes after the
+backward, and forwards past the memory budget, are computed again, with the parameters and the dropout that their
+forward had: the same gradients on all three ways.
 """
 
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,98 +23,96 @@ from shared.model.carve import Part
 from shared.model.optimizer import PartOptimizer
 from shared.model.trainable import load_trained, trained
 from worker_server.client_adapters import ClientAdapters
+from worker_server.kept import Forward, Graph, Rows, random_state, release_oldest, set_random_state
+
+MAX_KEPT_TOKENS = 2**18
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """One client's rows in a cohort: hidden (T, d) float32, row lengths, target tokens, whether it wants a gradient.
-
-    `client`: its name, by which per-client adapters are told apart.
-    """
-
-    hidden: Tensor
-    lengths: tuple[int, ...]
-    target_tokens: int
-    wants_gradient: bool
-    client: str = ""
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A forward that waits for its gradients: the trunk's input and output leaves, (T, d) each.
-
-    `weights`: with per-client adapters, those of each of `rows`, (rows, P), as the forward used them.
-    """
-
-    rows: tuple[Rows, ...]
-    hidden: Tensor
-    output: Tensor
-    weights: Tensor | None = None
-
-
 class Trunk:
-    """Owned by one thread. `device` is where the part lies."""
+    """Owned by one thread. `device` is where the part lies; graphs of `max_kept_tokens` tokens are kept at most."""
 
-    def __init__(self, part: Part, job: Job, device: str = "cpu") -> None:
+    def __init__(self, part: Part, job: Job, device: str = "cpu", max_kept_tokens: int = MAX_KEPT_TOKENS) -> None:
         self.part = part
         self.job = job
         self.device = device
         self.max_batch_tokens = job.cohort.max_batch_tokens
+        self.max_kept_tokens = max_kept_tokens
         self.clients = ClientAdapters(part, job) if job.cohort.adapters == "per_client" else None
         self.parameters = trained([part])
         self.optimizer = self._fresh_optimizer()
-        self.graphs: list[Graph] = []
+        self.forwards: dict[int, Forward] = {}
+        self._in_base = {n: p for n, p in part.base.named_parameters() if p.requires_grad}
+        self._version: dict[str, Tensor] | None = None
+        self._own: dict[str, Tensor] = {}
 
-    def forward(self, cohort: Sequence[Rows]) -> list[Tensor]:
-        """Each client's rows through the trunk, (T_i, d) each; keeps the graph for `backward`."""
+    def forward(self, cohort: int, rows: Sequence[Rows]) -> list[Tensor]:
+        """Each client's rows through the trunk, (T_i, d) each; kept as number `cohort` for `backward`."""
         self.part.module.train()
-        self.graphs = []
+        kept = Forward(tuple(rows), self._current_version())
         if self.clients is not None:
-            self.clients.admit(rows.client for rows in cohort)
-        outputs: list[Tensor] = []
-        for rows in self._chunks(cohort):
-            weights = self._enter(rows, train=True)
-            hidden = self._pack(rows).requires_grad_(any(r.wants_gradient for r in rows))
-            output = self.part.forward(hidden, _lengths(rows))
-            self.graphs.append(Graph(tuple(rows), hidden, output, weights))
-            outputs.extend(_unpack(output.detach(), rows))
+            names = [r.client for r in rows]
+            self.clients.admit(names)
+            kept.own = self.clients.stack(names)
+        before = random_state(self.device)
+        kept.graphs = self._compute(kept, range(len(rows)))
+        if not torch.equal(before, random_state(self.device)):
+            kept.random = before
+        outputs = [piece for graph in kept.graphs for piece in _unpack(graph.output.detach(), graph.rows(kept))]
+        self.forwards[cohort] = kept
+        for number in release_oldest(self.forwards, self.max_kept_tokens):
+            event(logger, "graph_released", level=logging.DEBUG, cohort=number)
         return outputs
 
-    def backward(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """One backward of the kept graph and one optimizer step.
+    def backward(self, cohort: int, gradients: Sequence[Tensor | None], *, last: bool = True) -> list[Tensor | None]:
+        """One backward for those clients of the cohort whose gradient is here; adds to what `step` will use.
 
         `gradients`: one (T_i, d) per client of the forward's cohort, None for one that is absent, which then counts
-        for nothing. Returns each client's gradient at the trunk's input, or None where it was not wanted. A step whose
-        gradients overflow moves nothing.
+        for nothing; with `last` false it may come in another backward. Returns each client's gradient at the trunk's
+        input, or None where it was not wanted.
         """
-        present = [g is not None for g in gradients]
-        cohort = [rows for graph in self.graphs for rows in graph.rows]
-        shares = iter(self._shares(cohort, present))
-        remaining = iter(gradients)
-        results: list[Tensor | None] = []
-        for graph in self.graphs:
-            mine = [next(remaining) for _ in graph.rows]
-            own_shares = [next(shares) for _ in graph.rows]
-            if graph.output.requires_grad:
-                scaled = [
-                    torch.zeros(rows.hidden.shape, device=self.device) if g is None else g.to(self.device) * share
-                    for rows, g, share in zip(graph.rows, mine, own_shares, strict=True)
-                ]
+        kept = self.forwards.pop(cohort)
+        present = [place for place, gradient in enumerate(gradients) if gradient is not None]
+        if not last:
+            self.forwards[cohort] = kept
+        results: list[Tensor | None] = [None] * len(gradients)
+        if not present:
+            return results
+        shares = self._shares([kept.rows[place] for place in present])
+        graphs, kept.graphs = kept.graphs or self._compute_again(kept, present), None
+        for graph in graphs:
+            scaled = [
+                torch.zeros(kept.rows[place].hidden.shape, device=self.device)
+                if (gradient := gradients[place]) is None
+                else gradient.to(self.device) * shares[present.index(place)]
+                for place in graph.places
+            ]
+            if graph.output.requires_grad and not set(present).isdisjoint(graph.places):
                 torch.autograd.backward(graph.output, torch.cat(scaled))
-            for rows, g, share, own in zip(graph.rows, mine, own_shares, _input_gradients(graph), strict=True):
-                wanted = rows.wants_gradient and g is not None and own is not None
-                results.append(own / share if wanted and own is not None and share else None)
-        if self.clients is not None:
-            self.clients.step(_by_client(self.graphs, present))
-        self.graphs = []
-        self._forget_overflow()
-        self.optimizer.step()
+                self._take_own(kept, graph, present)
+            for place, own in zip(graph.places, _input_gradients(kept, graph), strict=True):
+                if place in present and own is not None and kept.rows[place].wants_gradient:
+                    share = shares[present.index(place)]
+                    results[place] = own / share if share else own
+        self._take(kept)
         return results
+
+    def step(self, steps: float = 1.0) -> None:
+        """One optimizer step with the gradients since the last; the schedule moves on by `steps`.
+
+        Gradients that overflow move nothing.
+        """
+        if self.clients is not None:
+            self.clients.step(self._own)
+            self._own = {}
+        self._forget_overflow()
+        self.optimizer.step(steps)
+        self._version = None
 
     def end_round(self, weights: Mapping[str, int]) -> None:
         """The clients named complete a round, weighted so: per-client adapters are averaged."""
+        self._forget()
         if self.clients is not None:
             self.clients.end_round(weights)
 
@@ -120,9 +121,11 @@ class Trunk:
         """Each client's rows through the trunk, without dropout, without a graph."""
         self.part.module.eval()
         outputs: list[Tensor] = []
-        for rows in self._chunks(cohort):
-            self._enter(rows, train=False)
-            outputs.extend(_unpack(self.part.forward(self._pack(rows), _lengths(rows)), rows))
+        for places in self._chunks(cohort, range(len(cohort))):
+            rows = [cohort[place] for place in places]
+            if self.clients is not None:
+                self.clients.route(self.clients.stack([r.client for r in rows]), [r.tokens for r in rows])
+            outputs.extend(_unpack(self._run(_pack(rows), rows), rows))
         return outputs
 
     def state(self) -> dict[str, Tensor]:
@@ -136,8 +139,8 @@ class Trunk:
             state |= self.clients.state()
         return state | {"random/torch": torch.get_rng_state()}
 
-    def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
-        """Continue from `state()`, taken after `steps` optimizer steps."""
+    def load_state(self, state: Mapping[str, Tensor], steps: float) -> None:
+        """Continue from `state()`, taken when the schedule was at `steps`."""
         if self.clients is None:
             load_trained(self.parameters, _under("trunk/", state))
         else:
@@ -145,10 +148,77 @@ class Trunk:
         self.optimizer = self._fresh_optimizer()
         self.optimizer.load_state(_under("optimizer/", state), steps)
         torch.set_rng_state(state["random/torch"])
-        self.graphs = []
+        self._forget()
+
+    # Inside
 
     def _fresh_optimizer(self) -> PartOptimizer:
         return PartOptimizer(self.parameters, self.job.training, self.job.total_steps)
+
+    def _current_version(self) -> dict[str, Tensor] | None:
+        """A copy of the trained parameters as leaves, one for all forwards between two steps.
+
+        Only where a step may come between a forward and its backward; in lockstep none does.
+        """
+        if self.job.cohort.mode == "lockstep":
+            return None
+        if self._version is None:
+            self._version = {name: p.detach().clone().requires_grad_() for name, p in self._in_base.items()}
+        return self._version
+
+    def _compute(self, kept: Forward, places: Sequence[int]) -> list[Graph]:
+        """The rows at `places` of the cohort, in chunks of at most `max_batch_tokens` tokens."""
+        graphs: list[Graph] = []
+        for chunk in self._chunks(kept.rows, places):
+            rows = [kept.rows[place] for place in chunk]
+            own = None
+            if self.clients is not None and kept.own is not None:
+                # The leaf is a copy: a backward uses what its forward used, whatever was stepped in between.
+                own = kept.own if len(chunk) == len(kept.own) else kept.own[chunk]
+                own = own.detach().requires_grad_()
+                self.clients.route(own, [r.tokens for r in rows])
+            hidden = _pack(rows).to(self.device).requires_grad_(any(r.wants_gradient for r in rows))
+            graphs.append(Graph(tuple(chunk), hidden, self._run(hidden, rows, kept.weights), own))
+        return graphs
+
+    def _compute_again(self, kept: Forward, places: Sequence[int]) -> list[Graph]:
+        """The forward of these rows once more; with dropout that of all rows, so that it drops the same."""
+        self.part.module.train()
+        if kept.random is None:
+            return self._compute(kept, places)
+        now = random_state(self.device)
+        set_random_state(kept.random, self.device)
+        try:
+            return self._compute(kept, range(len(kept.rows)))
+        finally:
+            set_random_state(now, self.device)
+
+    def _run(self, hidden: Tensor, rows: Sequence[Rows], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        lengths = [length for r in rows for length in r.lengths]
+        return self.part.forward(hidden.to(self.device, self.part.dtype), lengths, weights).float()
+
+    def _take(self, kept: Forward) -> None:
+        """Hand the gradients of a version's leaves to the parameters."""
+        for name, leaf in (kept.weights or {}).items():
+            parameter = self._in_base[name]
+            if leaf.grad is not None:
+                parameter.grad = leaf.grad if parameter.grad is None else parameter.grad + leaf.grad
+                leaf.grad = None
+
+    def _take_own(self, kept: Forward, graph: Graph, present: Sequence[int]) -> None:
+        """Add up the gradient of each present client's adapter, (P,)."""
+        if graph.own is None or graph.own.grad is None:
+            return
+        for place, gradient in zip(graph.places, graph.own.grad, strict=True):
+            if place in present:
+                client = kept.rows[place].client
+                self._own[client] = self._own[client] + gradient if client in self._own else gradient
+
+    def _forget(self) -> None:
+        """Let go of all that waits for a gradient or a step."""
+        self.forwards, self._own, self._version = {}, {}, None
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def _forget_overflow(self) -> None:
         """One client's huge numbers, finite when they came, must not become everyone's NaN."""
@@ -158,66 +228,43 @@ class Trunk:
             for parameter in self.parameters.values():
                 parameter.grad = None
 
-    def _enter(self, rows: Sequence[Rows], *, train: bool) -> Tensor | None:
-        """Route the next forward of these rows through their clients' own adapters, where there are such."""
-        if self.clients is None:
-            return None
-        return self.clients.enter([r.client for r in rows], [sum(r.lengths) for r in rows], train=train)
-
-    def _shares(self, cohort: Sequence[Rows], present: Sequence[bool]) -> list[float]:
-        """What each one's mean loss counts in the loss that its gradient belongs to: n_i / N, over who is present."""
-        loss_of = ["" if self.clients is None else rows.client for rows in cohort]
+    def _shares(self, present: Sequence[Rows]) -> list[float]:
+        """What each one's mean loss counts in the loss that its gradient belongs to: n_i / N."""
+        loss_of = ["" if self.clients is None else rows.client for rows in present]
         totals: Counter[str] = Counter()
-        for rows, loss, here in zip(cohort, loss_of, present, strict=True):
-            totals[loss] += rows.target_tokens if here else 0
+        for rows, loss in zip(present, loss_of, strict=True):
+            totals[loss] += rows.target_tokens
         return [
             rows.target_tokens / totals[loss] if totals[loss] else 0.0
-            for rows, loss in zip(cohort, loss_of, strict=True)
+            for rows, loss in zip(present, loss_of, strict=True)
         ]
 
-    def _pack(self, rows: Sequence[Rows]) -> Tensor:
-        return torch.cat([r.hidden for r in rows]).to(self.device)
-
-    def _chunks(self, cohort: Sequence[Rows]) -> list[list[Rows]]:
-        """The cohort in forwards of at most `max_batch_tokens` tokens; a step remains one optimizer step."""
-        chunks: list[list[Rows]] = []
+    def _chunks(self, cohort: Sequence[Rows], places: Sequence[int]) -> list[list[int]]:
+        """The places in forwards of at most `max_batch_tokens` tokens; a step remains one optimizer step."""
+        chunks: list[list[int]] = []
         room = 0
-        for rows in cohort:
-            tokens = sum(rows.lengths)
+        for place in places:
+            tokens = cohort[place].tokens
             if not chunks or tokens > room:
                 chunks.append([])
                 room = self.max_batch_tokens
-            chunks[-1].append(rows)
+            chunks[-1].append(place)
             room -= tokens
         return chunks
 
 
-def _lengths(rows: Sequence[Rows]) -> list[int]:
-    return [length for r in rows for length in r.lengths]
+def _pack(rows: Sequence[Rows]) -> Tensor:
+    return torch.cat([r.hidden for r in rows])
 
 
 def _unpack(packed: Tensor, rows: Sequence[Rows]) -> list[Tensor]:
-    return list(torch.split(packed, [sum(r.lengths) for r in rows]))
+    return list(torch.split(packed, [r.tokens for r in rows]))
 
 
-def _input_gradients(graph: Graph) -> list[Tensor | None]:
+def _input_gradients(kept: Forward, graph: Graph) -> list[Tensor | None]:
     if graph.hidden.grad is None:
-        return [None] * len(graph.rows)
-    return list(_unpack(graph.hidden.grad, graph.rows))
-
-
-def _by_client(graphs: Sequence[Graph], present: Sequence[bool]) -> dict[str, Tensor]:
-    """The gradient of each present client's adapter, (P,)."""
-    gradients: dict[str, Tensor] = {}
-    here = iter(present)
-    for graph in graphs:
-        assert graph.weights is not None
-        assert graph.weights.grad is not None
-        for rows, gradient in zip(graph.rows, graph.weights.grad, strict=True):
-            if next(here):
-                earlier = gradients.get(rows.client)
-                gradients[rows.client] = gradient if earlier is None else earlier + gradient
-    return gradients
+        return [None] * len(graph.places)
+    return list(_unpack(graph.hidden.grad, graph.rows(kept)))
 
 
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,17 +24,25 @@ class Ticket:
 
 @dataclass(frozen=True)
 class RunForward:
-    """One packed training forward; keep the graph."""
+    """One packed training forward; keep what its backward needs under the number `cohort`."""
 
+    cohort: int
     tickets: tuple[Ticket, ...]
 
 
 @dataclass(frozen=True)
 class RunBackward:
-    """One backward of the kept graph and one optimizer step; tickets without gradients count as absent."""
+    """One backward for those of the cohort's `forwards` whose gradients, by session, are here.
 
+    `steps`: how far the schedule moves in the optimizer step that follows; None: no step follows yet. `last`: no more
+    gradients are to come for this cohort.
+    """
+
+    cohort: int
     forwards: tuple[Ticket, ...]
     gradients: dict[bytes, Ticket]
+    steps: float | None = 1.0
+    last: bool = True
 
 
 @dataclass(frozen=True)

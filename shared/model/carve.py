@@ -5,12 +5,13 @@ rest is filled from the safetensors files. No modelling code is written anew, so
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -61,13 +62,22 @@ class Part:
         """Parameters by their name in the whole model."""
         return {self.global_name(name): p for name, p in self.module.named_parameters()}
 
-    def embed(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Head only. input_ids (T,) int64, rows end to end; hidden (T, d)."""
-        return self._blocks(lengths, input_ids=input_ids.unsqueeze(0))
+    def embed(self, input_ids: Tensor, lengths: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Head only. input_ids (T,) int64, rows end to end; hidden (T, d). `weights` as in `forward`."""
+        return self._blocks(lengths, weights, input_ids=input_ids.unsqueeze(0))
 
-    def forward(self, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Trunk only. hidden (T, d), rows end to end, to hidden (T, d)."""
-        return self._blocks(lengths, inputs_embeds=hidden.unsqueeze(0))
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the blocks' frozen weights; adapters may have another."""
+        found: torch.dtype = next(p for p in self.module.parameters() if not p.is_meta).dtype
+        return found
+
+    def forward(self, hidden: Tensor, lengths: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Trunk only. hidden (T, d), rows end to end, to hidden (T, d).
+
+        `weights`: what to use in place of parameters of the base model, by their names there.
+        """
+        return self._blocks(lengths, weights, inputs_embeds=hidden.unsqueeze(0))
 
     def logits(self, hidden: Tensor, lengths: Sequence[int], at: Tensor) -> Tensor:
         """Tail only. hidden (T, d) to logits (P, vocabulary) at the P packed positions `at` (int64)."""
@@ -77,9 +87,11 @@ class Part:
         result: Tensor = output.logits[0]
         return result
 
-    def _blocks(self, lengths: Sequence[int], **inputs: Tensor) -> Tensor:
-        device = next(iter(inputs.values())).device
-        output: BaseModelOutputWithPast = self.base(**inputs, **self._packed(lengths, device))
+    def _blocks(self, lengths: Sequence[int], weights: Mapping[str, Tensor] | None, **inputs: Tensor) -> Tensor:
+        arguments = inputs | self._packed(lengths, next(iter(inputs.values())).device)
+        output: BaseModelOutputWithPast = (
+            self.base(**arguments) if weights is None else functional_call(self.base, dict(weights), (), arguments)
+        )
         assert output.last_hidden_state is not None
         hidden: Tensor = output.last_hidden_state[0]
         return hidden

@@ -12,13 +12,14 @@ from shared.job import Training
 class PartOptimizer:
     """AdamW with the job's schedule over `total_steps`, clipped by the norm of these parameters.
 
-    `parameters` by name; with none, a step does nothing. Schedules are those of transformers.
+    `parameters` by name; with none, a step does nothing. Schedules are those of transformers; `steps` is where the
+    schedule is, which where every step counts as one is the number of steps.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], training: Training, total_steps: int) -> None:
         self.parameters = dict(parameters)
         self.max_grad_norm = training.max_grad_norm
-        self.steps = 0
+        self.steps = 0.0
         if not self.parameters:
             return
         self.adamw = torch.optim.AdamW(
@@ -35,15 +36,15 @@ class PartOptimizer:
             num_training_steps=total_steps,
         )
 
-    def step(self) -> None:
-        """Clip, update, advance the schedule, forget the gradients."""
-        self.steps += 1
+    def step(self, steps: float = 1.0) -> None:
+        """Clip, update, advance the schedule by `steps`, forget the gradients."""
+        self.steps += steps
         if not self.parameters:
             return
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
         self.adamw.step()
-        self.schedule.step()
+        self._set_rates()
         self.adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
@@ -54,8 +55,8 @@ class PartOptimizer:
                 state[f"{field}/{name}"] = value.detach().clone()
         return state
 
-    def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
-        """Continue from `state()` after `steps` steps."""
+    def load_state(self, state: Mapping[str, Tensor], steps: float) -> None:
+        """Continue from `state()`, taken when the schedule was at `steps`."""
         self.steps = steps
         if not self.parameters:
             return
@@ -66,10 +67,11 @@ class PartOptimizer:
             }
             if fields:
                 self.adamw.state[parameter] = fields
-        # The schedule is a function of the step count alone.
-        self.schedule.last_epoch = steps
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        # The schedule is a function of the position alone.
         for group, base, rule in zip(
             self.adamw.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
         ):
-            group["lr"] = base * rule(steps)
-        self.schedule._last_lr = [group["lr"] for group in self.adamw.param_groups]
+            group["lr"] = base * rule(self.steps)

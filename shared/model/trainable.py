@@ -47,6 +47,9 @@ def add_lora(module: nn.Module, lora: Lora, default_targets: tuple[str, ...]) ->
         inject_adapter_in_model(config, module, ADAPTER)
     except ValueError as error:
         raise JobError(f"method.target_modules: {str(error).splitlines()[0][:200]}") from None
+    for name, parameter in module.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()  # peft gives adapters the type of frozen weights
 
 
 def reseed_lora(parameters: Iterable[tuple[str, nn.Parameter]], seed: int) -> None:

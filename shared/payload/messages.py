@@ -80,13 +80,17 @@ class RoundStart(WithTensors):
 
 
 class Forward(WithTensors):
-    """Hidden states (T, d) of rows with `lengths` tokens, T their sum, `target_tokens` of which count in the loss."""
+    """Hidden states (T, d) of rows with `lengths` tokens, T their sum; micro-batch `micro_batch` of a step.
+
+    `target_tokens`: how many tokens count in the loss of the whole step, this client's share of the cohort's loss.
+    """
 
     type: Literal["forward"] = "forward"
     request: RequestId
     purpose: Purpose
     round: Count = 0
     step: Count = 0
+    micro_batch: Count = 0
     lengths: Lengths
     target_tokens: Count
     wants_gradient: bool = True
@@ -100,7 +104,7 @@ class Hidden(WithTensors):
 
 
 class Backward(WithTensors):
-    """d(mean loss over the client's target tokens) / d(hidden), (T, d), for the Forward numbered `forward`."""
+    """d(mean loss over the target tokens of the client's step) / d(hidden), (T, d), for the Forward `forward`."""
 
     type: Literal["backward"] = "backward"
     request: RequestId
@@ -108,7 +112,7 @@ class Backward(WithTensors):
 
 
 class Gradient(WithTensors):
-    """d(the client's mean loss) / d(head's output), (T, d), or no tensor if it was not wanted. The step is done.
+    """d(the client's mean loss) / d(head's output), (T, d), or no tensor if it was not wanted.
 
     Answers Backward `request`.
     """

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import shared.wire.connection
 import worker_client.link
@@ -22,7 +23,7 @@ from shared.payload.messages import Join
 from shared.secure.handshake import ClientHandshake
 from shared.wire.connection import BrokerConnection
 from shared.wire.envelope import Accept, Close, Envelope, Frame, Header, Open, pack
-from worker_client.batches import pack_rows
+from worker_client.batches import Batch, pack_rows
 from worker_client.link import MAX_IN_FLIGHT, Link
 from worker_client.remote_trunk import RemoteTrunk
 
@@ -63,6 +64,23 @@ def impostor(running: Serving, server: bytes) -> None:
     (router.servers[key_digest(server)],) = set(router.servers.values())
 
 
+def forward(trunk: RemoteTrunk, hidden: Tensor, batch: Batch, *, step: int, wants_gradient: bool) -> tuple[int, Tensor]:
+    pending = trunk.send_forward(
+        hidden,
+        batch,
+        round=0,
+        step=step,
+        micro_batch=0,
+        target_tokens=batch.target_tokens,
+        wants_gradient=wants_gradient,
+    )
+    return pending.request, trunk.hidden(pending)
+
+
+def backward(trunk: RemoteTrunk, request: int, gradient: Tensor) -> Tensor | None:
+    return trunk.gradient(trunk.send_backward(request, gradient))
+
+
 def fails(link: Link) -> FlglmError:
     with pytest.raises(FlglmError) as error, link:
         pass
@@ -75,7 +93,7 @@ def test_a_greeting_changed_on_the_way_is_found_out(kind: type[Header], job: Job
         assert isinstance(fails(running.link("a")), HandshakeError)
         assert running.running.service is not None
         assert running.running.service.counters["refused_handshake"] == (kind is Open)
-        assert running.running.service.lockstep.active == {}
+        assert running.running.service.rounds.active == {}
 
 
 def test_another_key_than_the_invitations_is_found_out(job: Job, tmp_path: Path) -> None:
@@ -129,21 +147,21 @@ def test_tensors_go_in_and_come_out(job: Job, tmp_path: Path) -> None:
         start = trunk.join(3)
         assert (start.round, start.members, start.averages) == (0, 1, {})
         evaluated = trunk.evaluate(hidden, batch)
-        request, output = trunk.forward(hidden, batch, round=0, step=0, wants_gradient=True)
+        request, output = forward(trunk, hidden, batch, step=0, wants_gradient=True)
         assert output.shape == hidden.shape
         torch.testing.assert_close(output, evaluated)
-        gradient = trunk.backward(request, torch.randn(hidden.shape))
+        gradient = backward(trunk, request, torch.randn(hidden.shape))
         assert gradient is not None
         assert gradient.shape == hidden.shape
-        request, _ = trunk.forward(hidden, batch, round=0, step=1, wants_gradient=False)
-        assert trunk.backward(request, torch.randn(hidden.shape)) is None
+        request, _ = forward(trunk, hidden, batch, step=1, wants_gradient=False)
+        assert backward(trunk, request, torch.randn(hidden.shape)) is None
 
 
 def test_an_answer_of_another_kind_is_an_error(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = pack_rows(random_rows(1, 0))
     with serving(job, tmp_path, ["a"]) as running, running.link("a") as link:
         start = link.call(Join(request=link.next_request(), rows=1), timeout_s=WAIT_S)
-        monkeypatch.setattr(link, "call", lambda *_, **__: start)
+        monkeypatch.setattr(link, "wait", lambda *_, **__: start)
         with pytest.raises(SchemaError, match="round_start"):
             RemoteTrunk(link, job, WAIT_S).evaluate(torch.zeros(batch.tokens, WIDTH), batch)
 
@@ -155,12 +173,12 @@ def test_a_refusal_reaches_its_request_alone(job: Job, tmp_path: Path) -> None:
         trunk = RemoteTrunk(link, job, WAIT_S)
         trunk.join(3)
         with pytest.raises(Refused) as refused:
-            trunk.forward(hidden, batch, round=0, step=1, wants_gradient=True)
+            forward(trunk, hidden, batch, step=1, wants_gradient=True)
         assert refused.value.reason == "wrong_step"
         with pytest.raises(Refused) as refused:
-            trunk.backward(1, hidden)
+            backward(trunk, 1, hidden)
         assert refused.value.reason == "wrong_step"
-        trunk.forward(hidden, batch, round=0, step=0, wants_gradient=True)
+        forward(trunk, hidden, batch, step=0, wants_gradient=True)
 
 
 def test_an_answer_that_does_not_come_is_not_waited_for_for_ever(job: Job, tmp_path: Path) -> None:

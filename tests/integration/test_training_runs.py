@@ -22,7 +22,8 @@ from shared.payload.tensors import encode
 from worker_client.batches import pack_rows
 from worker_client.head_tail import load_client_parts
 from worker_client.remote_trunk import RemoteTrunk
-from worker_client.training import Report, Training
+from worker_client.steps import Report
+from worker_client.training import Training
 
 ALL: tuple[PartName, ...] = ("head", "trunk", "tail")
 WAIT_S = 60.0

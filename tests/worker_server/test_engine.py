@@ -16,8 +16,9 @@ from shared.model.checkpoint import Checkpoint
 from shared.model.plan import SplitPlan
 from shared.model.trainable import make_trainable
 from worker_server.engine import Computed, Engine
+from worker_server.kept import Rows
 from worker_server.progress import Progress
-from worker_server.trunk import Rows, Trunk
+from worker_server.trunk import Trunk
 from worker_server.work import Aggregate, Restore, RunBackward, RunEvaluation, RunForward, Ticket, Work
 
 WAIT_S = 60.0
@@ -70,9 +71,9 @@ def test_a_round_of_works_in_order(progress: Progress) -> None:
     a, b = ticket("a", rows(3)), ticket("b", rows(5))
     gradient = ticket("b", torch.ones(5, WIDTH))
     works: list[Work] = [
-        RunForward((a, b)),
+        RunForward(0, (a, b)),
         RunEvaluation((b,)),
-        RunBackward((a, b), {b.session: gradient}),
+        RunBackward(0, (a, b), {b.session: gradient}),
         Aggregate(0, (ticket("a", {"x": torch.zeros(2)}), ticket("b", {"x": torch.ones(2)}, weight=3))),
     ]
     with running(progress) as made:
@@ -97,8 +98,8 @@ def test_an_undone_round_leaves_no_trace(progress: Progress) -> None:
     before = {name: value.clone() for name, value in progress.trunk.state().items()}
     a = ticket("a", rows(3))
     with running(progress) as made:
-        made.engine.submit(RunForward((a,)))
-        made.engine.submit(RunBackward((a,), {a.session: ticket("a", torch.ones(3, WIDTH))}))
+        made.engine.submit(RunForward(0, (a,)))
+        made.engine.submit(RunBackward(0, (a,), {a.session: ticket("a", torch.ones(3, WIDTH))}))
         made.collect(2)
         assert progress.trunk.state().keys() > before.keys()
         made.engine.submit(Restore(0))

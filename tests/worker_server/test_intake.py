@@ -12,8 +12,8 @@ from shared.payload.messages import Backward, Forward, Join, Update
 from shared.payload.tensors import encode
 from shared.secure.records import Channel
 from worker_server.intake import Intake
+from worker_server.kept import Rows
 from worker_server.sessions import Session
-from worker_server.trunk import Rows
 
 WIDTH = 4
 SESSION = Session(b"s" * 16, "anna", Channel(b"s" * 16, send_key=bytes(32), receive_key=bytes(32)), 0.0)

@@ -1,14 +1,12 @@
-"""The lockstep state machine, without I/O: its rules, its refusals, and random histories."""
+"""The lockstep state machine, without I/O: its rules and its refusals."""
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from worker_server.lockstep import Lockstep, Stage
+from worker_server.lockstep import Lockstep
+from worker_server.rounds import Plan
 from worker_server.work import (
     Aggregate,
     Finish,
@@ -19,8 +17,9 @@ from worker_server.work import (
     RunForward,
     StartRound,
     Ticket,
-    Work,
 )
+
+Stage = Literal["waiting", "forward", "forwarding", "backward", "backwarding", "updating", "aggregating", "finished"]
 
 A, B, C = b"a" * 16, b"b" * 16, b"c" * 16
 NAMES = {A: "anna", B: "berta", C: "clara"}
@@ -31,7 +30,22 @@ def ticket(session: bytes, request: int = 1, **fields: Any) -> Ticket:
 
 
 def machine(clients: int = 2, rounds: int = 2, local_steps: int = 2) -> Lockstep:
-    return Lockstep(clients=clients, rounds=rounds, local_steps=local_steps, deadline_s=10)
+    return Lockstep(Plan(clients=clients, rounds=rounds, local_steps=local_steps, deadline_s=10))
+
+
+def stage_of(lockstep: Lockstep) -> Stage:
+    """The stage of the step's only cohort, where there is a step."""
+    if lockstep.stage == "training":
+        stage = lockstep.cohorts[0].stage if lockstep.cohorts else "updating"
+        assert stage != "done"
+        return stage
+    assert lockstep.stage != "undoing"
+    return lockstep.stage
+
+
+def number(lockstep: Lockstep) -> int:
+    """Of the step's only cohort."""
+    return lockstep.cohorts[0].number
 
 
 def started(clients: int = 2, **settings: int) -> Lockstep:
@@ -43,13 +57,13 @@ def started(clients: int = 2, **settings: int) -> Lockstep:
 
 def step(lockstep: Lockstep, sessions: list[bytes]) -> list[Instruction]:
     """All of a step's requests; what its end brings."""
-    round_, number = lockstep.round, lockstep.step
+    round_, step_ = lockstep.round, lockstep.step
     for session in sessions:
-        lockstep.forward(ticket(session, 5), round_, number, 0)
-    lockstep.forward_done()
+        lockstep.forward(ticket(session, 5), round_, step_, 0, 0)
+    lockstep.forward_done(number(lockstep), 0)
     for session in sessions:
         lockstep.backward(ticket(session, 6, forward=5), 0)
-    return lockstep.backward_done()
+    return lockstep.backward_done(number(lockstep), 0)
 
 
 def snapshot(lockstep: Lockstep) -> dict[str, Any]:
@@ -64,19 +78,21 @@ def test_a_round_begins_when_enough_clients_are_there() -> None:
 
 def test_the_cohort_has_the_order_of_names_whoever_was_first() -> None:
     lockstep = started()
-    assert lockstep.forward(ticket(B, 7), 0, 0, 0) == []
-    assert lockstep.forward(ticket(A, 9), 0, 0, 1) == [RunForward((ticket(A, 9), ticket(B, 7)))]
+    assert lockstep.forward(ticket(B, 7), 0, 0, 0, 0) == []
+    assert lockstep.forward(ticket(A, 9), 0, 0, 0, 1) == [RunForward(0, (ticket(A, 9), ticket(B, 7)))]
 
 
 def test_a_step_is_one_forward_and_one_backward_for_all() -> None:
     lockstep = started()
-    lockstep.forward(ticket(A, 5), 0, 0, 0)
-    lockstep.forward(ticket(B, 5), 0, 0, 0)
-    assert lockstep.forward_done() == []
+    lockstep.forward(ticket(A, 5), 0, 0, 0, 0)
+    lockstep.forward(ticket(B, 5), 0, 0, 0, 0)
+    assert lockstep.forward_done(number(lockstep), 0) == []
     assert lockstep.backward(ticket(A, 6, forward=5), 0) == []
     work = lockstep.backward(ticket(B, 6, forward=5), 0)
-    assert work == [RunBackward((ticket(A, 5), ticket(B, 5)), {A: ticket(A, 6, forward=5), B: ticket(B, 6, forward=5)})]
-    assert lockstep.backward_done() == []
+    assert work == [
+        RunBackward(0, (ticket(A, 5), ticket(B, 5)), {A: ticket(A, 6, forward=5), B: ticket(B, 6, forward=5)})
+    ]
+    assert lockstep.backward_done(number(lockstep), 0) == []
     assert (lockstep.round, lockstep.step) == (0, 1)
 
 
@@ -84,7 +100,7 @@ def test_after_the_last_step_come_updates_and_the_next_round() -> None:
     lockstep = started()
     step(lockstep, [A, B])
     step(lockstep, [A, B])
-    assert lockstep.stage == "updating"
+    assert stage_of(lockstep) == "updating"
     lockstep.update(ticket(B, 8, weight=3), 0, 0)
     assert lockstep.update(ticket(A, 8, weight=1), 0, 0) == [
         Aggregate(0, (ticket(A, 8, weight=1), ticket(B, 8, weight=3)))
@@ -118,9 +134,9 @@ def test_whoever_leaves_does_not_stall_the_rest(stage: str) -> None:
     advance(lockstep, stage)
     work = lockstep.left(B, 0)
     if stage == "forward":
-        assert work == [RunForward((ticket(A, 5),))]
+        assert work == [RunForward(0, (ticket(A, 5),))]
     elif stage == "backward":
-        assert work == [RunBackward((ticket(A, 5), ticket(B, 5)), {A: ticket(A, 6, forward=5)})]
+        assert work == [RunBackward(0, (ticket(A, 5), ticket(B, 5)), {A: ticket(A, 6, forward=5)})]
     elif stage == "updating":
         assert work == [Aggregate(0, (ticket(A, 8),))]
     else:
@@ -138,30 +154,30 @@ def at(stage: Stage) -> Lockstep:
     advance(lockstep, "aggregating" if stage == "finished" else stage)
     if stage == "finished":
         lockstep.aggregation_done()
-    assert lockstep.stage == stage
+    assert stage_of(lockstep) == stage
     return lockstep
 
 
 def advance(lockstep: Lockstep, stage: str) -> None:
-    lockstep.forward(ticket(A, 5), 0, 0, 0)
+    lockstep.forward(ticket(A, 5), 0, 0, 0, 0)
     if stage == "forward":
         return
-    lockstep.forward(ticket(B, 5), 0, 0, 0)
+    lockstep.forward(ticket(B, 5), 0, 0, 0, 0)
     if stage == "forwarding":
         return
-    lockstep.forward_done()
+    lockstep.forward_done(number(lockstep), 0)
     lockstep.backward(ticket(A, 6, forward=5), 0)
     if stage == "backward":
         return
     lockstep.backward(ticket(B, 6, forward=5), 0)
     if stage == "backwarding":
         return
-    lockstep.backward_done()
+    lockstep.backward_done(number(lockstep), 0)
     lockstep.update(ticket(A, 8), 0, 0)
     if stage == "updating":
         return
     lockstep.update(ticket(B, 8), 0, 0)
-    assert lockstep.stage == stage
+    assert stage_of(lockstep) == stage
 
 
 def test_a_round_without_members_is_undone_and_begun_anew() -> None:
@@ -175,7 +191,7 @@ def test_a_round_without_members_is_undone_and_begun_anew() -> None:
 
 def test_a_round_in_which_nothing_ran_needs_no_undoing() -> None:
     lockstep = started()
-    lockstep.forward(ticket(A, 5), 0, 0, 0)
+    lockstep.forward(ticket(A, 5), 0, 0, 0, 0)
     lockstep.joined(ticket(C), 0)
     assert lockstep.left(A, 0) == []
     assert lockstep.left(B, 0) == [StartRound(0, (ticket(C),))]
@@ -186,22 +202,22 @@ def test_a_round_in_which_nothing_ran_needs_no_undoing() -> None:
 def test_who_misses_the_deadline_is_left_behind() -> None:
     lockstep = started()
     assert lockstep.deadline() is None
-    lockstep.forward(ticket(A, 5), 0, 0, 100)
+    lockstep.forward(ticket(A, 5), 0, 0, 0, 100)
     assert lockstep.deadline() == 110
     assert lockstep.tick(109) == []
-    assert lockstep.tick(110) == [RunForward((ticket(A, 5),))]
-    assert isinstance(lockstep.forward(ticket(B, 5), 0, 0, 111)[0], Refuse)
+    assert lockstep.tick(110) == [RunForward(0, (ticket(A, 5),))]
+    assert isinstance(lockstep.forward(ticket(B, 5), 0, 0, 0, 111)[0], Refuse)
 
 
 def test_a_resumed_job_goes_on_at_its_round_and_waits_for_all_clients() -> None:
-    lockstep = Lockstep(clients=2, rounds=5, local_steps=1, deadline_s=1, round=3)
+    lockstep = Lockstep(Plan(clients=2, rounds=5, local_steps=1, deadline_s=1), round=3)
     assert lockstep.joined(ticket(A), 0) == []
     assert lockstep.joined(ticket(B), 0) == [StartRound(3, (ticket(A), ticket(B)))]
 
 
 EVENTS: dict[str, Callable[[Lockstep], list[Instruction]]] = {
     "join": lambda m: m.joined(ticket(B), 0),
-    "forward": lambda m: m.forward(ticket(B, 5), 0, 0, 0),
+    "forward": lambda m: m.forward(ticket(B, 5), 0, 0, 0, 0),
     "backward": lambda m: m.backward(ticket(B, 6, forward=5), 0),
     "update": lambda m: m.update(ticket(B, 8), 0, 0),
 }
@@ -257,10 +273,10 @@ def test_every_collecting_stage_has_its_deadline(stage: Stage) -> None:
     [
         (lambda m: m.joined(ticket(A), 0), "joined_already"),
         (lambda m: m.joined(Ticket(C, "anna", 1, None), 0), "name_in_use"),
-        (lambda m: m.forward(ticket(C), 0, 0, 0), "not_in_round"),
-        (lambda m: m.forward(ticket(B), 0, 1, 0), "wrong_step"),
-        (lambda m: m.forward(ticket(B), 1, 0, 0), "wrong_step"),
-        (lambda m: m.forward(ticket(A), 0, 0, 0), "repeated"),
+        (lambda m: m.forward(ticket(C), 0, 0, 0, 0), "not_in_round"),
+        (lambda m: m.forward(ticket(B), 0, 1, 0, 0), "wrong_step"),
+        (lambda m: m.forward(ticket(B), 1, 0, 0, 0), "wrong_step"),
+        (lambda m: m.forward(ticket(A), 0, 0, 0, 0), "repeated"),
         (lambda m: m.backward(ticket(A, forward=5), 0), "wrong_step"),
         (lambda m: m.update(ticket(A), 0, 0), "wrong_step"),
     ],
@@ -280,7 +296,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(event: Any, code: str)
         (lambda m: m.backward(ticket(A, 7, forward=5), 0), "repeated"),
         (lambda m: m.backward(ticket(B, 7, forward=4), 0), "wrong_step"),
         (lambda m: m.backward(ticket(B, 7, forward=5, tokens=3), 0), "tensor"),
-        (lambda m: m.forward(ticket(B), 0, 0, 0), "wrong_step"),
+        (lambda m: m.forward(ticket(B), 0, 0, 0, 0), "wrong_step"),
     ],
 )
 def test_a_gradient_that_does_not_fit_is_refused(event: Any, code: str) -> None:
@@ -292,91 +308,56 @@ def test_a_gradient_that_does_not_fit_is_refused(event: Any, code: str) -> None:
     assert snapshot(lockstep) == before
 
 
-KINDS = ["join", "forward", "backward", "update"]
+def in_flight(micro_batches: int, window: int) -> Lockstep:
+    plan = Plan(clients=2, rounds=1, local_steps=1, deadline_s=10, micro_batches=micro_batches, in_flight=window)
+    lockstep = Lockstep(plan)
+    for session in [A, B]:
+        lockstep.joined(ticket(session), 0)
+    return lockstep
 
 
-class Histories(RuleBasedStateMachine):
-    """Any events in any order: never an exception, never two training works at once, cohorts of members only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lockstep = machine(clients=2, rounds=3, local_steps=2)
-        self.queue: list[Work] = []
-        self.now = 0.0
-
-    def carry(self, instructions: list[Instruction]) -> None:
-        for instruction in instructions:
-            if isinstance(instruction, RunForward | RunBackward | Aggregate | Restore):
-                assert not any(isinstance(work, RunForward | RunBackward | Aggregate) for work in self.queue)
-            if isinstance(instruction, RunForward):
-                assert [t.session for t in instruction.tickets] == sorted(self.lockstep.active)
-            if isinstance(instruction, RunBackward):
-                assert instruction.gradients.keys() == self.lockstep.active.keys()
-                assert instruction.gradients.keys() <= {t.session for t in instruction.forwards}
-            if isinstance(instruction, Aggregate):
-                assert [t.session for t in instruction.updates] == sorted(self.lockstep.active)
-            if isinstance(instruction, Work):
-                self.queue.append(instruction)
-
-    @rule(session=st.sampled_from([A, B, C]), off=st.integers(0, 1), kind=st.sampled_from(KINDS))
-    def one_request(self, session: bytes, off: int, kind: str) -> None:
-        """Due or not."""
-        lockstep, round_ = self.lockstep, self.lockstep.round
-        match kind:
-            case "join":
-                self.carry(lockstep.joined(ticket(session), self.now))
-            case "forward":
-                self.carry(lockstep.forward(ticket(session, 5), round_, lockstep.step + off, self.now))
-            case "backward":
-                self.carry(lockstep.backward(ticket(session, 6, forward=5 - off), self.now))
-            case "update":
-                self.carry(lockstep.update(ticket(session, 8, weight=1), round_ + off, self.now))
-
-    @rule(session=st.sampled_from([A, B, C]))
-    def leave(self, session: bytes) -> None:
-        self.carry(self.lockstep.left(session, self.now))
-
-    @rule()
-    def everyone_does_what_is_due(self) -> None:
-        for session in [A, B, C]:
-            if self.lockstep.stage == "waiting":
-                self.carry(self.lockstep.joined(ticket(session), self.now))
-        stage, round_ = self.lockstep.stage, self.lockstep.round
-        for session in sorted(self.lockstep.active):
-            if stage == "forward":
-                self.carry(self.lockstep.forward(ticket(session, 5), round_, self.lockstep.step, self.now))
-            elif stage == "backward":
-                self.carry(self.lockstep.backward(ticket(session, 6, forward=5), self.now))
-            elif stage == "updating":
-                self.carry(self.lockstep.update(ticket(session, 8, weight=1), round_, self.now))
-
-    @rule(seconds=st.floats(0, 20))
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
-        self.carry(self.lockstep.tick(self.now))
-
-    @precondition(lambda self: self.queue)
-    @rule()
-    def computed(self) -> None:
-        match self.queue.pop(0):
-            case RunForward():
-                self.carry(self.lockstep.forward_done())
-            case RunBackward():
-                self.carry(self.lockstep.backward_done())
-            case Aggregate():
-                self.carry(self.lockstep.aggregation_done())
-
-    @invariant()
-    def the_queue_of_works_is_short(self) -> None:
-        assert len(self.queue) <= 3
-
-    @invariant()
-    def somebody_is_waited_for(self) -> None:
-        """Never is a stage collected that nobody is missing from: it would not move."""
-        if self.lockstep.stage in ("forward", "backward", "updating"):
-            missing = self.lockstep.active.keys() - self.lockstep._collected().keys()
-            assert missing
+def test_micro_batches_of_a_step_are_under_way_together_and_run_in_order() -> None:
+    lockstep = in_flight(2, 2)
+    assert lockstep.forward(ticket(A, 1), 0, 0, 0, 0) == []
+    assert lockstep.forward(ticket(A, 2), 0, 0, 1, 0) == []
+    assert lockstep.forward(ticket(B, 2), 0, 0, 1, 0) == []  # whole, but the first comes first
+    both = lockstep.forward(ticket(B, 1), 0, 0, 0, 0)
+    assert both == [RunForward(0, (ticket(A, 1), ticket(B, 1))), RunForward(1, (ticket(A, 2), ticket(B, 2)))]
+    assert lockstep.forward_done(0, 0) == []
+    assert lockstep.forward_done(1, 0) == []
+    for session in [A, B]:
+        assert lockstep.backward(ticket(session, 4, forward=2), 0) == []
+    assert lockstep.backward(ticket(A, 3, forward=1), 0) == []
+    first, second = lockstep.backward(ticket(B, 3, forward=1), 0)
+    assert isinstance(first, RunBackward)
+    assert isinstance(second, RunBackward)
+    # The optimizer steps after the last micro-batch alone.
+    assert (first.cohort, first.steps, second.cohort, second.steps) == (0, None, 1, 1.0)
+    lockstep.backward_done(0, 0)
+    assert lockstep.step == 0
+    lockstep.backward_done(1, 0)
+    assert lockstep.step == 1
 
 
-TestHistories = Histories.TestCase
-TestHistories.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+def test_more_under_way_than_the_job_allows_is_refused() -> None:
+    lockstep = in_flight(3, 2)
+    lockstep.forward(ticket(A, 1), 0, 0, 0, 0)
+    lockstep.forward(ticket(A, 2), 0, 0, 1, 0)
+    (refusal,) = lockstep.forward(ticket(A, 3), 0, 0, 2, 0)
+    assert isinstance(refusal, Refuse)
+    assert refusal.code == "too_many_in_flight"
+
+
+def test_a_micro_batch_that_the_step_does_not_have_is_refused() -> None:
+    (refusal,) = in_flight(2, 2).forward(ticket(A, 1), 0, 0, 2, 0)
+    assert isinstance(refusal, Refuse)
+    assert refusal.code == "wrong_step"
+
+
+def test_a_whole_cohort_that_waits_its_turn_has_no_deadline() -> None:
+    lockstep = in_flight(2, 2)
+    lockstep.forward(ticket(A, 2), 0, 0, 1, 0)
+    lockstep.forward(ticket(B, 2), 0, 0, 1, 0)
+    assert lockstep.deadline() is None
+    lockstep.forward(ticket(A, 1), 0, 0, 0, 3)
+    assert lockstep.deadline() == 13

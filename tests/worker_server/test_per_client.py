@@ -18,9 +18,10 @@ from shared.model.checkpoint import Checkpoint
 from shared.model.plan import SplitPlan
 from shared.model.trainable import make_trainable
 from worker_server.aggregation import weighted_mean
+from worker_server.kept import Rows
 from worker_server.per_client import tiling
 from worker_server.progress import Progress
-from worker_server.trunk import Rows, Trunk
+from worker_server.trunk import Trunk
 
 WIDTH = 32
 NAMES = ("a", "b", "c")
@@ -74,9 +75,10 @@ def gradient_of(output: Tensor, rows: Rows) -> Tensor:
 
 def step(trunk: Trunk, cohort: Sequence[Rows], *, absent: Sequence[str] = ()) -> list[Tensor | None]:
     """One training step; outputs and, where one came, gradients at the trunk's input."""
-    outputs = trunk.forward(cohort)
+    outputs = trunk.forward(0, cohort)
     pairs = list(zip(outputs, cohort, strict=True))
-    gradients = trunk.backward([None if rows.client in absent else gradient_of(o, rows) for o, rows in pairs])
+    gradients = trunk.backward(0, [None if rows.client in absent else gradient_of(o, rows) for o, rows in pairs])
+    trunk.step()
     return [*outputs, *gradients]
 
 
@@ -165,7 +167,7 @@ def test_who_is_absent_does_not_move_by_a_bit(folder: Path) -> None:
 
 def test_everyone_begins_with_the_shared_adapters_weights(folder: Path) -> None:
     trunk = make_trunk(folder)
-    trunk.forward([rows_of(name, 0) for name in NAMES])
+    trunk.forward(0, [rows_of(name, 0) for name in NAMES])
     expected = in_order(trunk, make_alone(folder))
     assert all(torch.equal(vector, expected) for vector in vectors(trunk).values())
 
@@ -175,7 +177,7 @@ def test_who_is_new_begins_with_the_last_average(folder: Path) -> None:
     step(trunk, [rows_of("a", 0), rows_of("b", 0)])
     trunk.end_round({"a": 1, "b": 1})
     average = vectors(trunk)["a"]
-    trunk.forward([rows_of("c", 1)])
+    trunk.forward(0, [rows_of("c", 1)])
     assert torch.equal(vectors(trunk)["c"], average)
 
 
@@ -192,8 +194,9 @@ def test_one_clients_overflow_is_its_own(folder: Path) -> None:
     trunk, calm = make_trunk(folder), make_trunk(folder)
     cohort = [rows_of("a", 0), rows_of("b", 0)]
     for each, huge in ((trunk, 3e38), (calm, 1.0)):
-        outputs = each.forward(cohort)
-        each.backward([torch.ones_like(outputs[0]), torch.full_like(outputs[1], huge)])
+        outputs = each.forward(0, cohort)
+        each.backward(0, [torch.ones_like(outputs[0]), torch.full_like(outputs[1], huge)])
+        each.step()
     assert torch.equal(vectors(trunk)["a"], vectors(calm)["a"])
     assert torch.equal(vectors(trunk)["b"], trunk.clients.average if trunk.clients else torch.empty(0))
 

@@ -1,10 +1,12 @@
 """What the server keeps between rounds: it goes on where it was, and believes no checkpoint that it did not write."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.tiny_models import save_tiny_model
 from shared import state_files
@@ -14,8 +16,16 @@ from shared.model.carve import load_part
 from shared.model.checkpoint import Checkpoint
 from shared.model.plan import SplitPlan
 from shared.model.trainable import make_trainable
+from worker_server.kept import Rows
 from worker_server.progress import Progress
-from worker_server.trunk import Rows, Trunk
+from worker_server.trunk import Trunk
+
+
+def step(trunk: Trunk, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Backward and optimizer step."""
+    results = trunk.backward(0, gradients)
+    trunk.step()
+    return results
 
 
 @pytest.fixture
@@ -32,8 +42,8 @@ def progress_of(model: Path, state: Path, **settings: Any) -> Progress:
 
 def train(progress: Progress) -> None:
     rows = Rows(torch.randn(6, 32), (4, 2), 4, True)
-    progress.trunk.forward([rows])
-    progress.trunk.backward([torch.randn(6, 32)])
+    progress.trunk.forward(0, [rows])
+    step(progress.trunk, [torch.randn(6, 32)])
 
 
 def corrupt(state: Path, number: int) -> None:

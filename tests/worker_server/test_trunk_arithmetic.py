@@ -1,5 +1,6 @@
 """The trunk's arithmetic against plain autograd, and averages against numpy."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,17 @@ from shared.model.checkpoint import Checkpoint
 from shared.model.plan import SplitPlan
 from shared.model.trainable import make_trainable
 from worker_server.aggregation import weighted_mean
-from worker_server.trunk import Rows, Trunk
+from worker_server.kept import Rows
+from worker_server.trunk import Trunk
 
 WIDTH = 32
+
+
+def step(trunk: Trunk, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Backward and optimizer step."""
+    results = trunk.backward(0, gradients)
+    trunk.step()
+    return results
 
 
 @pytest.fixture
@@ -47,10 +56,10 @@ def keep_gradients(trunk: Trunk) -> dict[str, Tensor]:
     """The gradients that the optimizer was given, instead of a step."""
     kept: dict[str, Tensor] = {}
 
-    def step() -> None:
+    def take(steps: float = 1.0) -> None:
         kept.update(gradients_of(trunk))
 
-    trunk.optimizer.step = step  # type: ignore[method-assign]
+    trunk.optimizer.step = take  # type: ignore[method-assign]
     return kept
 
 
@@ -58,12 +67,12 @@ def test_a_cohort_is_one_process_on_the_concatenated_batch(folder: Path) -> None
     cohort = [rows_of(3, 5, targets=6), rows_of(9, targets=2), rows_of(2, 2, 2, targets=4)]
     trunk = make_trunk(folder)
     kept = keep_gradients(trunk)
-    outputs = trunk.forward(cohort)
+    outputs = trunk.forward(0, cohort)
     # Each client's loss: a mean over its own target tokens of some function of its own outputs.
     leaves = [output.clone().requires_grad_() for output in outputs]
     for leaf, rows in zip(leaves, cohort, strict=True):
         torch.autograd.backward(leaf.square().sum() / rows.target_tokens)
-    returned = trunk.backward([leaf.grad for leaf in leaves])
+    returned = step(trunk, [leaf.grad for leaf in leaves])
 
     plain = make_trunk(folder)
     plain.part.module.train()
@@ -84,10 +93,10 @@ def test_who_sends_no_gradient_counts_for_nothing(folder: Path) -> None:
     gradient = torch.randn(4, WIDTH)
     both, alone = make_trunk(folder), make_trunk(folder)
     kept_both, kept_alone = keep_gradients(both), keep_gradients(alone)
-    both.forward([here, gone])
-    returned = both.backward([gradient, None])
-    alone.forward([here])
-    (expected,) = alone.backward([gradient])
+    both.forward(0, [here, gone])
+    returned = step(both, [gradient, None])
+    alone.forward(0, [here])
+    (expected,) = step(alone, [gradient])
     assert returned[1] is None
     torch.testing.assert_close(returned[0], expected, rtol=1e-5, atol=1e-7)
     for name in kept_alone:
@@ -96,9 +105,9 @@ def test_who_sends_no_gradient_counts_for_nothing(folder: Path) -> None:
 
 def test_a_gradient_that_nobody_wants_is_not_made(folder: Path) -> None:
     trunk = make_trunk(folder)
-    trunk.forward([rows_of(4, targets=3, wants=False)])
-    assert not trunk.graphs[0].hidden.requires_grad
-    assert trunk.backward([torch.randn(4, WIDTH)]) == [None]
+    trunk.forward(0, [rows_of(4, targets=3, wants=False)])
+    assert not (trunk.forwards[0].graphs or [])[0].hidden.requires_grad
+    assert step(trunk, [torch.randn(4, WIDTH)]) == [None]
 
 
 def test_a_token_budget_changes_the_chunks_and_not_the_gradients(folder: Path) -> None:
@@ -108,9 +117,9 @@ def test_a_token_budget_changes_the_chunks_and_not_the_gradients(folder: Path) -
         trunk = make_trunk(folder)
         trunk.max_batch_tokens = budget
         kept.append(keep_gradients(trunk))
-        outputs = trunk.forward(cohort)
-        trunk.backward([output.sign() for output in outputs])
-    assert len(trunk._chunks(cohort)) == 2
+        outputs = trunk.forward(0, cohort)
+        step(trunk, [output.sign() for output in outputs])
+    assert len(trunk._chunks(cohort, range(3))) == 2
     for name in kept[0]:
         torch.testing.assert_close(kept[0][name], kept[1][name], rtol=1e-4, atol=1e-7)
 
@@ -126,14 +135,14 @@ def test_evaluation_has_no_dropout_no_graph_and_no_effect(folder: Path) -> None:
     assert torch.equal(first, second)
     assert not first.requires_grad
     assert all(torch.equal(value, before[name]) for name, value in trunk.state().items())
-    assert not torch.equal(trunk.forward([rows])[0], trunk.forward([rows])[0])
+    assert not torch.equal(trunk.forward(0, [rows])[0], trunk.forward(0, [rows])[0])
 
 
 def test_a_restored_trunk_goes_on_bit_equal(folder: Path) -> None:
     def steps(trunk: Trunk, seeds: range) -> None:
         for seed in seeds:
-            outputs = trunk.forward([rows_of(6, targets=5, seed=seed)])
-            trunk.backward([output.sign() for output in outputs])
+            outputs = trunk.forward(0, [rows_of(6, targets=5, seed=seed)])
+            step(trunk, [output.sign() for output in outputs])
 
     method = Lora(lora_dropout=0.3)
     whole = make_trunk(folder, method=method)
@@ -159,15 +168,15 @@ def test_numbers_that_overflow_move_nothing_and_spoil_nobody(
     bad = Rows(hidden * rows_of(5, targets=4, seed=1).hidden.sign(), (5,), 4, True)
     trunk, calm = make_trunk(folder), make_trunk(folder)
     before = {name: value.detach().clone() for name, value in trunk.parameters.items()}
-    expected = calm.forward([good])[0]
-    torch.testing.assert_close(trunk.forward([good, bad])[0], expected, rtol=1e-5, atol=1e-6)
-    own = trunk.backward([torch.ones(5, WIDTH), None if gradient is None else torch.full((5, WIDTH), gradient)])[0]
+    expected = calm.forward(0, [good])[0]
+    torch.testing.assert_close(trunk.forward(0, [good, bad])[0], expected, rtol=1e-5, atol=1e-6)
+    own = step(trunk, [torch.ones(5, WIDTH), None if gradient is None else torch.full((5, WIDTH), gradient)])[0]
     assert own is not None
     assert bool(own.isfinite().all())
     assert all(torch.equal(value, before[name]) for name, value in trunk.parameters.items())
     assert trunk.optimizer.steps == 1
-    trunk.forward([good])
-    trunk.backward([torch.ones(5, WIDTH)])
+    trunk.forward(0, [good])
+    step(trunk, [torch.ones(5, WIDTH)])
     assert not all(torch.equal(value, before[name]) for name, value in trunk.parameters.items())
     assert all(bool(value.isfinite().all()) for value in trunk.parameters.values())
 

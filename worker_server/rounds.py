@@ -1,0 +1,227 @@
+"""Rounds: who takes part, when a round begins and ends, what becomes of who is late. A state machine without I/O.
+
+    waiting ──enough clients joined──> training ──all members' updates in──> aggregating ──> waiting, or finished
+
+The members of a round are fixed when it begins; who joins later waits for the next. A member that leaves, or keeps the
+others waiting past the deadline, is left behind: it may join again for the next round. A round that loses all its
+members is undone (`Restore`) and begins anew.
+
+How the steps of a round are trained is for the two kinds of it: in lockstep (worker_server/lockstep.py) or greedily
+(worker_server/greedy.py).
+
+Events come in as method calls with the time; each returns the instructions to carry out, in order. An event that does
+not fit the state yields a `Refuse` and changes nothing.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from worker_server.work import (
+    Aggregate,
+    Finish,
+    Instruction,
+    Restore,
+    StartRound,
+    Ticket,
+    in_order,
+    refuse,
+)
+
+Stage = Literal["waiting", "training", "undoing", "aggregating", "finished"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the job says about rounds. `places`: how many clients may take part at most, None for any number.
+
+    `micro_batches` a step, of which a client may have `in_flight` under way; `patience_s` is greedy's.
+    """
+
+    clients: int
+    rounds: int
+    local_steps: int
+    deadline_s: float
+    places: int | None = None
+    micro_batches: int = 1
+    in_flight: int = 1
+    patience_s: float = 1.0
+    max_batch_tokens: int = 2**24
+
+
+class Rounds(ABC):
+    """`plan.clients` start the job; at `round` a resumed one continues."""
+
+    def __init__(self, plan: Plan, round: int = 0) -> None:
+        self.plan = plan
+        self.round = round
+        self.stage: Stage = "finished" if round >= plan.rounds else "waiting"
+        self.started = False
+        self.lobby: dict[bytes, Ticket] = {}
+        self.active: dict[bytes, str] = {}
+        self.updates: dict[bytes, Ticket] = {}
+        self.updating_since: float | None = None
+        self.works = 0
+
+    # What the kinds of training add
+
+    @abstractmethod
+    def forward(self, ticket: Ticket, round: int, step: int, micro: int, now: float) -> list[Instruction]:
+        """Hidden states for micro-batch `micro` of a step."""
+
+    @abstractmethod
+    def backward(self, ticket: Ticket, now: float) -> list[Instruction]:
+        """A gradient for the Forward of request `ticket.forward`."""
+
+    @abstractmethod
+    def _forward_done(self, cohort: int) -> None: ...
+
+    @abstractmethod
+    def _backward_done(self, cohort: int) -> None: ...
+
+    @abstractmethod
+    def _next(self, now: float) -> list[Instruction]:
+        """The training works that can start."""
+
+    @abstractmethod
+    def _late(self, now: float) -> list[bytes]:
+        """Members that have kept the others waiting for too long."""
+
+    @abstractmethod
+    def _due(self) -> list[float]:
+        """When `tick` has something to do."""
+
+    @abstractmethod
+    def _has_trained(self, session: bytes) -> bool:
+        """Whether this member has done all steps of the round."""
+
+    @abstractmethod
+    def _forget(self, session: bytes) -> None:
+        """This member is gone."""
+
+    @abstractmethod
+    def _reset(self) -> None:
+        """A round begins."""
+
+    # Events from clients
+
+    def joined(self, ticket: Ticket, now: float) -> list[Instruction]:
+        if ticket.session in self.active or ticket.session in self.lobby:
+            return [refuse(ticket, "joined_already", "this session has joined already")]
+        if ticket.client in self.active.values() or any(t.client == ticket.client for t in self.lobby.values()):
+            return [refuse(ticket, "name_in_use", f"a client named {ticket.client} is here already")]
+        if self.stage == "finished":
+            return [Finish((ticket,))]
+        if self.plan.places is not None and len(self.active) + len(self.lobby) >= self.plan.places:
+            return [refuse(ticket, "no_place", f"all {self.plan.places} places (cohort.clients) are taken")]
+        self.lobby[ticket.session] = ticket
+        return self._begin_round() if self.stage == "waiting" else []
+
+    def update(self, ticket: Ticket, round: int, now: float) -> list[Instruction]:
+        member = self.stage == "training" and ticket.session in self.active and round == self.round
+        if not member or not self._has_trained(ticket.session):
+            return [refuse(ticket, "wrong_step", f"round {self.round} is at stage {self.stage}")]
+        if ticket.session in self.updates:
+            return [refuse(ticket, "repeated", "this round's update came already")]
+        self.updates[ticket.session] = ticket
+        if self.updating_since is None:
+            self.updating_since = now
+        return self._end_round()
+
+    def left(self, session: bytes, now: float) -> list[Instruction]:
+        """The session has ended."""
+        self.lobby.pop(session, None)
+        return self._drop([session], now)
+
+    # Events from the compute thread
+
+    def forward_done(self, cohort: int, now: float) -> list[Instruction]:
+        self.works -= 1
+        self._forward_done(cohort)
+        return self._go_on(now)
+
+    def backward_done(self, cohort: int, now: float) -> list[Instruction]:
+        self.works -= 1
+        self._backward_done(cohort)
+        return self._go_on(now)
+
+    def aggregation_done(self) -> list[Instruction]:
+        self.round += 1
+        answers = [t for s, t in self.updates.items() if s in self.active]
+        self.active, self.updates, self.updating_since = {}, {}, None
+        if self.round >= self.plan.rounds:
+            self.stage = "finished"
+            answers += self.lobby.values()
+            self.lobby = {}
+            return [Finish(in_order(answers))]
+        self.lobby.update({t.session: t for t in answers})
+        self.stage = "waiting"
+        return self._begin_round()
+
+    # Time
+
+    def tick(self, now: float) -> list[Instruction]:
+        """Leave behind the members that missed a deadline."""
+        if self.stage != "training":
+            return []
+        return self._drop(self._late(now), now) or self._start(now)
+
+    def deadline(self) -> float | None:
+        """When `tick` is next due."""
+        return min(self._due(), default=None) if self.stage == "training" else None
+
+    # Inside
+
+    def _start(self, now: float) -> list[Instruction]:
+        works = self._next(now)
+        self.works += len(works)
+        return works
+
+    def _go_on(self, now: float) -> list[Instruction]:
+        if self.stage == "undoing":
+            return self._undo_round()
+        return self._start(now) if self.stage == "training" else []
+
+    def _end_round(self) -> list[Instruction]:
+        if self.stage != "training" or not self.active.keys() <= self.updates.keys():
+            return []
+        self.stage = "aggregating"
+        return [Aggregate(self.round, in_order(t for s, t in self.updates.items() if s in self.active))]
+
+    def _drop(self, sessions: Iterable[bytes], now: float) -> list[Instruction]:
+        gone = [session for session in sessions if self.active.pop(session, None) is not None]
+        if not gone or self.stage != "training":
+            return []
+        for session in gone:
+            self.updates.pop(session, None)
+            self._forget(session)
+        if not self.active:
+            self.stage = "undoing"
+            return self._undo_round()
+        return self._end_round() or self._start(now)
+
+    @abstractmethod
+    def _ran(self) -> bool:
+        """Whether anything of the round was computed."""
+
+    def _undo_round(self) -> list[Instruction]:
+        # Works under way come first: clients that come and go must not queue works without end.
+        if self.works:
+            return []
+        # Nothing ran yet, nothing to undo.
+        undo: list[Instruction] = [Restore(self.round)] if self._ran() else []
+        self.updates, self.updating_since = {}, None
+        self.stage = "waiting"
+        return [*undo, *self._begin_round()]
+
+    def _begin_round(self) -> list[Instruction]:
+        if len(self.lobby) < (1 if self.started else self.plan.clients):
+            return []
+        self.started = True
+        answers = in_order(self.lobby.values())
+        self.active = {ticket.session: ticket.client for ticket in answers}
+        self.lobby = {}
+        self.stage = "training"
+        self._reset()
+        return [StartRound(self.round, answers)]
