@@ -92,7 +92,9 @@ class Serving:
 
 
 @contextmanager
-def serving(job: Job, folder: Path, names: Sequence[str], router: Router | None = None) -> Iterator[Serving]:
+def serving(
+    job: Job, folder: Path, names: Sequence[str], router: Router | None = None, **server_settings: Any
+) -> Iterator[Serving]:
     """Broker and server for `job`, checkpoints under `folder`. An error of theirs is raised at the end.
 
     `router`: the broker's logic, for those who want it to do more, or worse, than route.
@@ -104,7 +106,7 @@ def serving(job: Job, folder: Path, names: Sequence[str], router: Router | None 
         broker.router = router or broker.router
         routing = Background("broker", broker.run)
         identity = generate_identity("server")
-        settings = ServerSettings(broker=SERVERS, state=folder / "server-state")
+        settings = ServerSettings(broker=SERVERS, state=folder / "server-state", **server_settings)
         server = Server(settings, job, identity, admitted.get, context)
         service = Background("server", server.run)
         try:
@@ -120,7 +122,7 @@ def serving(job: Job, folder: Path, names: Sequence[str], router: Router | None 
 
 
 def train_in_process(
-    job: Job, sites: Mapping[str, Site], folder: Path, router: Router | None = None
+    job: Job, sites: Mapping[str, Site], folder: Path, router: Router | None = None, **server_settings: Any
 ) -> dict[str, Outcome]:
     """Run the job to its end with these clients. Raises what any of them raised."""
     outcomes: dict[str, Outcome] = {}
@@ -133,7 +135,7 @@ def train_in_process(
             Training(job, parts, trunk, site.train, site.validation, folder / name, events.append).run()
         outcomes[name] = Outcome(events, parts)
 
-    with serving(job, folder, sorted(sites), router) as running:
+    with serving(job, folder, sorted(sites), router, **server_settings) as running:
         threads = [Background(name, lambda n=name, s=site: run(running, n, s)) for name, site in sites.items()]
         for thread in threads:
             thread.join()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.fidelity import make_job, random_rows
+from benchmarks.fidelity import ALL, Case, make_job, random_rows
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from launcher.in_process import CLIENTS, Serving, serving, trunk_tensors
 from shared import state_files
@@ -26,7 +26,7 @@ from worker_client.head_tail import load_client_parts
 def job(tmp_path: Path) -> Job:
     model = save_tiny_model("llama", tmp_path / "model")
     save_word_tokenizer(model)
-    made = make_job(model, ("head", "trunk", "tail"), clients=1)
+    made = make_job(model, Case(ALL, 1))
     return made.model_copy(update={"rounds": made.rounds.model_copy(update={"count": 1, "local_steps": 2})})
 
 

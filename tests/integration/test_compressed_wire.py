@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.fidelity import make_job, random_rows
+from benchmarks.fidelity import ALL, Case, make_job, random_rows
 from benchmarks.tiny_models import save_tiny_model
 from launcher.in_process import Outcome, Site, serving, train_in_process
 from shared.job import Job, Wire, WireFormat
@@ -18,7 +18,7 @@ WIDTH = 32
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    return make_job(save_tiny_model("llama", tmp_path / "model"), ("head", "trunk", "tail"), 2)
+    return make_job(save_tiny_model("llama", tmp_path / "model"), Case(ALL, 2))
 
 
 def with_format(job: Job, wire_format: WireFormat) -> Job:

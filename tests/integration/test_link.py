@@ -10,7 +10,7 @@ from torch import Tensor
 
 import shared.wire.connection
 import worker_client.link
-from benchmarks.fidelity import make_job, random_rows
+from benchmarks.fidelity import ALL, Case, make_job, random_rows
 from benchmarks.tiny_models import save_tiny_model
 from broker.routing import Peer, Router, Send
 from broker.settings import BrokerSettings
@@ -33,7 +33,7 @@ WIDTH = 32
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    made = make_job(save_tiny_model("llama", tmp_path / "model"), ("head", "trunk", "tail"), clients=1)
+    made = make_job(save_tiny_model("llama", tmp_path / "model"), Case(ALL, 1))
     return made.model_copy(update={"rounds": made.rounds.model_copy(update={"count": 1, "local_steps": 2})})
 
 

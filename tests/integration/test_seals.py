@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.fidelity import make_job, random_rows
+from benchmarks.fidelity import ALL, Case, make_job, random_rows
 from benchmarks.tiny_models import save_tiny_model
 from broker.routing import Peer, Router, Send
 from broker.settings import BrokerSettings
@@ -31,7 +31,7 @@ PARTS: tuple[PartName, ...] = ("head", "trunk", "tail")
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    made = make_job(save_tiny_model("llama", tmp_path / "model"), PARTS, clients=2)
+    made = make_job(save_tiny_model("llama", tmp_path / "model"), Case(ALL, 2))
     return made.model_copy(update={"rounds": made.rounds.model_copy(update={"count": 2, "local_steps": 2})})
 
 

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.fidelity import GOAL, compare, make_job, random_rows
+from benchmarks.fidelity import ALL, CASES, GOAL, MODES, Case, compare, make_job, random_rows
 from benchmarks.tiny_models import save_tiny_model
 from launcher.in_process import Background, Outcome, Serving, Site, serving, train_in_process, trunk_tensors
 from shared import state_files
 from shared.errors import ConnectionFailed, FlglmError, Refused
 from shared.job import Job
 from shared.model.checkpoint import Checkpoint
-from shared.model.plan import PartName
 from shared.payload.messages import Forward
 from shared.payload.tensors import encode
 from worker_client.batches import pack_rows
@@ -25,7 +24,6 @@ from worker_client.remote_trunk import RemoteTrunk
 from worker_client.steps import Report
 from worker_client.training import Training
 
-ALL: tuple[PartName, ...] = ("head", "trunk", "tail")
 WAIT_S = 60.0
 
 
@@ -35,7 +33,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def job_of(model: Path, *, clients: int = 2, rounds: int = 3, steps: int = 3, **changes: Any) -> Job:
-    job = make_job(model, ALL, clients)
+    job = make_job(model, Case(ALL, clients))
     return job.model_copy(
         update={"rounds": job.rounds.model_copy(update={"count": rounds, "local_steps": steps}), **changes}
     )
@@ -73,9 +71,15 @@ def train(running: Serving, job: Job, name: str, site: Site, folder: Path, repor
         Training(job, parts, trunk, site.train, site.validation, folder / name, report).run()
 
 
-@pytest.mark.parametrize("case", ["everything", "trunk"])
+@pytest.mark.parametrize("case", [*CASES, *(name for name, mode in MODES.items() if mode.exact)])
 def test_split_training_equals_plain_pytorch(case: str, tmp_path: Path) -> None:
     assert compare("llama", case, tmp_path).loss <= GOAL
+
+
+@pytest.mark.parametrize("case", [name for name, mode in MODES.items() if not mode.exact])
+def test_the_other_modes_stay_near_plain_pytorch(case: str, tmp_path: Path) -> None:
+    """Random weights hardly learn in 20 steps: this shows that nothing is wrong by a factor, and no more."""
+    assert compare("llama", case, tmp_path).loss <= 0.02
 
 
 @pytest.mark.parametrize("stop_at", [(1, 3), (1, 4), (2, 8)], ids=["first step", "mid-round", "last step"])
