@@ -59,11 +59,18 @@ class LocalRun:
 
 
 def train_together(
-    job: Job, sites: list[Site], out: Path, watch: Watch | None = None, *, server_threads: int = 1
+    job: Job,
+    sites: list[Site],
+    out: Path,
+    watch: Watch | None = None,
+    *,
+    server_threads: int = 1,
+    through: Callable[[str], str] | None = None,
 ) -> LocalRun:
     """Run broker, server and one client a site to the job's end, all files under `out`; there again, it resumes.
 
-    Clients compute with one thread each. `watch` gets each client's events as they come. Raises JobError if `out` holds
+    Clients compute with one thread each. `watch` gets each client's events as they come. `through`: given
+    the broker's address, where clients connect instead (a proxy). Raises JobError if `out` holds
     another job's run, RoleFailed with the words of a process that failed, DeadlineExceeded if nothing moves.
     """
     prepare(job, sites, out)
@@ -71,7 +78,8 @@ def train_together(
     with Cluster(out / "logs", THREADS) as cluster:
         addresses = start_broker(cluster)
         start_server(cluster, out, addresses["servers"], server_threads)
-        clients = [start_client(cluster, out, job, site, addresses["clients"]) for site in sites]
+        reached = addresses["clients"] if through is None else through(addresses["clients"])
+        clients = [start_client(cluster, out, job, site, reached) for site in sites]
         with (out / EVENTS).open("a") as kept:
 
             def seen(name: str, event: dict[str, Any]) -> None:
