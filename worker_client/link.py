@@ -114,6 +114,12 @@ class Link:
             raise self.failure
         return call.answer
 
+    def tell(self, message: Message) -> None:
+        """Queue a message that is not answered. Does nothing where the link has ended: nobody is there to hear it."""
+        if self.failure is None and not self.outgoing.full():
+            self.outgoing.put_nowait(Call(message, (), Future()))
+            self.waker.wake()
+
     def call(self, message: Message, frames: Sequence[Frame] = (), *, timeout_s: float) -> Answer:
         """Send a request and wait for its answer.
 
@@ -191,7 +197,9 @@ class Link:
                 return
 
     def _send(self, channel: Channel, call: Call) -> None:
-        self.waiting[getattr(call.message, "request")] = call.answer  # noqa: B009 - every sent message has one
+        request = getattr(call.message, "request", None)
+        if request is not None:
+            self.waiting[request] = call.answer
         self.connection.send(channel.seal(pack(call.message, call.frames)))
 
     def _receive(self, channel: Channel, envelope: Envelope) -> None:

@@ -1,6 +1,6 @@
 """The trunk as the client sees it: hidden states go in and come out, gradients go back. Tensors here, bytes below."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,18 @@ from torch import Tensor
 
 from shared.errors import SchemaError
 from shared.job import Job
-from shared.payload.messages import Backward, Finished, Forward, Gradient, Hidden, Join, RoundStart, Update
+from shared.payload.messages import (
+    Backward,
+    Finished,
+    Forward,
+    Generate,
+    Gradient,
+    Hidden,
+    Join,
+    Release,
+    RoundStart,
+    Update,
+)
 from shared.payload.tensors import decode, encode
 from worker_client.batches import Batch
 from worker_client.link import Answer, Link
@@ -85,6 +96,16 @@ class RemoteTrunk:
         return self.hidden(
             self._send_forward(hidden, batch, purpose="evaluate", target_tokens=targets, wants_gradient=False)
         )
+
+    def generate(self, hidden: Tensor, lengths: Sequence[int], stream: int) -> Tensor:
+        """The trunk's output (T, d) for rows that go on from what the server keeps of `stream`."""
+        info, frame = encode("hidden", hidden, self.job.wire.hidden)
+        message = Generate(request=self.link.next_request(), stream=stream, lengths=tuple(lengths), tensors=(info,))
+        return self.hidden(Pending(message.request, tuple(hidden.shape), self.link.send(message, [frame])))
+
+    def release(self, stream: int) -> None:
+        """Let the server forget the stream."""
+        self.link.tell(Release(stream=stream))
 
     def hidden(self, pending: Pending) -> Tensor:
         """The trunk's output (T, d), float32, for a forward."""

@@ -13,7 +13,18 @@ from torch import Tensor
 
 from worker_server.aggregation import weighted_mean
 from worker_server.progress import Progress
-from worker_server.work import Aggregate, Restore, RunBackward, RunEvaluation, RunForward, Ticket, Work
+from worker_server.streams import StreamCaches
+from worker_server.work import (
+    Aggregate,
+    ReleaseStreams,
+    Restore,
+    RunBackward,
+    RunEvaluation,
+    RunForward,
+    RunGeneration,
+    Ticket,
+    Work,
+)
 
 QUEUE_LENGTH = 16
 
@@ -32,6 +43,7 @@ class Engine:
     def __init__(self, progress: Progress, wake: Callable[[], None]) -> None:
         self.progress = progress
         self.wake = wake
+        self.caches = StreamCaches()
         self.works: queue.Queue[Work | None] = queue.Queue(QUEUE_LENGTH)
         self.outcomes: queue.SimpleQueue[Computed | Exception] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._run, name="compute", daemon=True)
@@ -74,6 +86,15 @@ class Engine:
                 return _answered(work, tickets, trunk.forward(cohort, [ticket.payload for ticket in tickets]))
             case RunEvaluation(tickets):
                 return _answered(work, tickets, trunk.evaluate([ticket.payload for ticket in tickets]))
+            case RunGeneration(tickets):
+                rows = [ticket.payload for ticket in tickets]
+                caches = [
+                    self.caches.of(t.session, t.stream, len(r.lengths)) for t, r in zip(tickets, rows, strict=True)
+                ]
+                return _answered(work, tickets, trunk.generate(rows, caches))
+            case ReleaseStreams(streams):
+                self.caches.release(streams)
+                return Computed(work)
             case RunBackward(cohort, forwards, gradients, steps, last):
                 present = [gradients.get(forward.session) for forward in forwards]
                 payloads = [None if ticket is None else ticket.payload for ticket in present]

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from shared.errors import Refused, TensorError
 from shared.job import Job
-from shared.payload.messages import Backward, Forward, Join, Update
+from shared.payload.messages import Backward, Forward, Generate, Join, Update
 from shared.payload.tensors import TensorInfo, decode
 from shared.wire.envelope import Frame
 from worker_server.kept import Rows
@@ -27,12 +29,7 @@ class Intake:
 
     def forward(self, session: Session, message: Forward, frames: Sequence[Frame]) -> Ticket:
         """Raises TensorError or Refused."""
-        tokens = sum(message.lengths)
-        if tokens > self.job.cohort.max_batch_tokens:
-            raise Refused(
-                f"{tokens} tokens at once; cohort.max_batch_tokens is {self.job.cohort.max_batch_tokens}",
-                reason="too_many_tokens",
-            )
+        tokens = self._tokens(message)
         if max(message.lengths) > self.max_length:
             raise Refused(
                 f"a row of {max(message.lengths)} tokens; the longest is {self.max_length}", reason="too_long"
@@ -42,10 +39,28 @@ class Intake:
             most += (self.job.training.gradient_accumulation_steps - 1) * self.job.cohort.max_batch_tokens
         if message.target_tokens > most:
             raise Refused(f"{message.target_tokens} target tokens among {tokens}", reason="target_tokens")
-        info = _only(message.tensors)
-        hidden = decode(info, frames[0], shape=(tokens, self.width), dtype=self.job.wire.hidden)
+        hidden = self._hidden(message, frames)
         rows = Rows(hidden, message.lengths, message.target_tokens, message.wants_gradient, session.client)
         return Ticket(session.id, session.client, message.request, rows, tokens, message.target_tokens)
+
+    def generate(self, session: Session, message: Generate, frames: Sequence[Frame]) -> Ticket:
+        """Raises TensorError or Refused. How long a stream may become is the StreamBook's affair."""
+        tokens = self._tokens(message)
+        rows = Rows(self._hidden(message, frames), message.lengths, 0, False, session.client)
+        return Ticket(session.id, session.client, message.request, rows, tokens, stream=message.stream)
+
+    def _tokens(self, message: Forward | Generate) -> int:
+        tokens = sum(message.lengths)
+        if tokens > self.job.cohort.max_batch_tokens:
+            raise Refused(
+                f"{tokens} tokens at once; cohort.max_batch_tokens is {self.job.cohort.max_batch_tokens}",
+                reason="too_many_tokens",
+            )
+        return tokens
+
+    def _hidden(self, message: Forward | Generate, frames: Sequence[Frame]) -> Tensor:
+        info = _only(message.tensors)
+        return decode(info, frames[0], shape=(sum(message.lengths), self.width), dtype=self.job.wire.hidden)
 
     def backward(self, session: Session, message: Backward, frames: Sequence[Frame]) -> Ticket:
         """Raises TensorError. Lockstep checks that the rows are those of the Forward."""

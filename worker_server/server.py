@@ -26,8 +26,10 @@ from worker_server.rounds import Plan, Rounds
 from worker_server.service import Service
 from worker_server.sessions import Sessions
 from worker_server.settings import ServerSettings
+from worker_server.streams import StreamBook, StreamLimits
 from worker_server.trunk import Trunk
 
+LONGEST_ROW = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -74,7 +76,13 @@ class Server:
         part = load_part(checkpoint, plan, "trunk", dtype=dtype, device=self.settings.device)
         make_trainable(part, self.job)
         fingerprint = checkpoint.fingerprint()
-        trunk = Trunk(part, self.job, self.settings.device, self.settings.max_kept_tokens)
+        trunk = Trunk(
+            part,
+            self.job,
+            self.settings.device,
+            max_kept_tokens=self.settings.max_kept_tokens,
+            piece_tokens=self.settings.piece_tokens,
+        )
         progress = Progress(self.settings.state, self.job, fingerprint, trunk)
         progress.begin()
         name = key_digest(self.identity.public)
@@ -93,6 +101,13 @@ class Server:
                 ),
                 make_rounds(self.job, progress.round),
                 Inference(self.job.cohort.max_batch_tokens),
+                StreamBook(
+                    StreamLimits(
+                        self.settings.max_cached_tokens,
+                        getattr(checkpoint.config, "max_position_embeddings", None) or LONGEST_ROW,
+                        self.settings.max_streams_per_session,
+                    )
+                ),
                 Engine(progress, waker.wake),
                 connection,
                 waker,

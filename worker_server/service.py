@@ -17,12 +17,14 @@ from shared.payload.messages import (
     Finished,
     Forward,
     FromClient,
+    Generate,
     Gradient,
     Hidden,
     Join,
     Leave,
     Message,
     Refusal,
+    Release,
     RoundStart,
     Update,
     Welcome,
@@ -37,15 +39,18 @@ from worker_server.intake import Intake
 from worker_server.rounds import Rounds
 from worker_server.sessions import Session, Sessions, code_of
 from worker_server.settings import ServerSettings
+from worker_server.streams import StreamBook
 from worker_server.work import (
     Aggregate,
     Finish,
     Instruction,
     Refuse,
+    ReleaseStreams,
     Restore,
     RunBackward,
     RunEvaluation,
     RunForward,
+    RunGeneration,
     StartRound,
     Ticket,
 )
@@ -71,6 +76,7 @@ class Service:
         intake: Intake,
         rounds: Rounds,
         inference: Inference,
+        streams: StreamBook,
         engine: Engine,
         connection: BrokerConnection,
         waker: Waker,
@@ -81,6 +87,7 @@ class Service:
         self.intake = intake
         self.rounds = rounds
         self.inference = inference
+        self.streams = streams
         self.engine = engine
         self.connection = connection
         self.waker = waker
@@ -187,6 +194,12 @@ class Service:
                 return self.rounds.forward(ticket, message.round, message.step, message.micro_batch, now)
             case Forward():
                 return self.inference.evaluate(self.intake.forward(session, message, frames))
+            case Generate():
+                ticket = self.intake.generate(session, message, frames)
+                self.streams.extend(session.id, message.stream, message.lengths)
+                return self.inference.generate(ticket)
+            case Release():
+                return self.inference.release(self.streams.release(session.id, message.stream))
             case Backward():
                 return self.rounds.backward(self.intake.backward(session, message, frames), now)
             case Update():
@@ -208,6 +221,7 @@ class Service:
         self.counters["sessions_closed"] += 1
         event(logger, "session_closed", session=session_id, client=session.client, code=code)
         self.inference.left(session_id)
+        self._carry_out(self.inference.release(self.streams.left(session_id)))
         self._carry_out(self.rounds.left(session_id, now))
 
     def _end(self, session_id: bytes, code: str, message: str, now: float) -> None:
@@ -247,7 +261,11 @@ class Service:
             case RunBackward():
                 self._log_step()
                 self._carry_out(self.rounds.backward_done(outcome.work.cohort, now))
-            case RunEvaluation():
+            case RunGeneration():
+                for ticket, _ in outcome.answers:
+                    self._carry_out(self.inference.release(self.streams.answered(ticket.session, ticket.stream)))
+                self._carry_out(self.inference.done())
+            case RunEvaluation() | ReleaseStreams():
                 self._carry_out(self.inference.done())
             case Aggregate():
                 self._carry_out(self.rounds.aggregation_done())

@@ -20,27 +20,41 @@ from torch import Tensor
 from shared.job import Job
 from shared.logs import event
 from shared.model.carve import Part
+from shared.model.kv_cache import RowCache
 from shared.model.optimizer import PartOptimizer
 from shared.model.trainable import load_trained, trained
 from worker_server.client_adapters import ClientAdapters
 from worker_server.kept import Forward, Graph, Rows, random_state, release_oldest, set_random_state
 
 MAX_KEPT_TOKENS = 2**18
+CPU_PIECE_TOKENS = 1024
 
 logger = logging.getLogger(__name__)
 
 
 class Trunk:
-    """Owned by one thread. `device` is where the part lies; graphs of `max_kept_tokens` tokens are kept at most."""
+    """Owned by one thread. `device` is where the part lies; graphs of `max_kept_tokens` tokens are kept at most.
 
-    def __init__(self, part: Part, job: Job, device: str = "cpu", max_kept_tokens: int = MAX_KEPT_TOKENS) -> None:
+    A cohort is computed in pieces of at most `piece_tokens` tokens, or one request if that is longer.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        job: Job,
+        device: str = "cpu",
+        *,
+        max_kept_tokens: int = MAX_KEPT_TOKENS,
+        piece_tokens: int | None = None,
+    ) -> None:
         self.part = part
         self.job = job
         self.device = device
-        self.max_batch_tokens = job.cohort.max_batch_tokens
+        self.piece_tokens = piece_tokens or (CPU_PIECE_TOKENS if device == "cpu" else job.cohort.max_batch_tokens)
         self.max_kept_tokens = max_kept_tokens
         self.clients = ClientAdapters(part, job) if job.cohort.adapters == "per_client" else None
         self.parameters = trained([part])
+        self.dtype = part.dtype
         self.optimizer = self._fresh_optimizer()
         self.forwards: dict[int, Forward] = {}
         self._in_base = {n: p for n, p in part.base.named_parameters() if p.requires_grad}
@@ -121,12 +135,21 @@ class Trunk:
         """Each client's rows through the trunk, without dropout, without a graph."""
         self.part.module.eval()
         outputs: list[Tensor] = []
-        for places in self._chunks(cohort, range(len(cohort))):
+        for places in self._pieces(cohort, range(len(cohort))):
             rows = [cohort[place] for place in places]
             if self.clients is not None:
                 self.clients.route(self.clients.stack([r.client for r in rows]), [r.tokens for r in rows])
             outputs.extend(_unpack(self._run(_pack(rows), rows), rows))
         return outputs
+
+    @torch.no_grad()
+    def generate(self, cohort: Sequence[Rows], caches: Sequence[Sequence[RowCache]]) -> list[Tensor]:
+        """Each client's rows, which go on from what their caches hold, through the trunk; the caches grow."""
+        self.part.module.eval()
+        if self.clients is not None:
+            self.clients.route(self.clients.stack([r.client for r in cohort]), [r.tokens for r in cohort])
+        flat = [cache for of_client in caches for cache in of_client]
+        return _unpack(self._run(_pack(cohort), cohort, caches=flat), cohort)
 
     def state(self) -> dict[str, Tensor]:
         """Trained parameters (`trunk/...`), optimizer (`optimizer/...`) and random state (`random/torch`).
@@ -167,18 +190,18 @@ class Trunk:
         return self._version
 
     def _compute(self, kept: Forward, places: Sequence[int]) -> list[Graph]:
-        """The rows at `places` of the cohort, in chunks of at most `max_batch_tokens` tokens."""
+        """The rows at `places` of the cohort, in pieces of at most `piece_tokens` tokens."""
         graphs: list[Graph] = []
-        for chunk in self._chunks(kept.rows, places):
-            rows = [kept.rows[place] for place in chunk]
+        for piece in self._pieces(kept.rows, places):
+            rows = [kept.rows[place] for place in piece]
             own = None
             if self.clients is not None and kept.own is not None:
                 # The leaf is a copy: a backward uses what its forward used, whatever was stepped in between.
-                own = kept.own if len(chunk) == len(kept.own) else kept.own[chunk]
+                own = kept.own if len(piece) == len(kept.own) else kept.own[piece]
                 own = own.detach().requires_grad_()
                 self.clients.route(own, [r.tokens for r in rows])
             hidden = _pack(rows).to(self.device).requires_grad_(any(r.wants_gradient for r in rows))
-            graphs.append(Graph(tuple(chunk), hidden, self._run(hidden, rows, kept.weights), own))
+            graphs.append(Graph(tuple(piece), hidden, self._run(hidden, rows, kept.weights), own))
         return graphs
 
     def _compute_again(self, kept: Forward, places: Sequence[int]) -> list[Graph]:
@@ -193,9 +216,15 @@ class Trunk:
         finally:
             set_random_state(now, self.device)
 
-    def _run(self, hidden: Tensor, rows: Sequence[Rows], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def _run(
+        self,
+        hidden: Tensor,
+        rows: Sequence[Rows],
+        weights: Mapping[str, Tensor] | None = None,
+        caches: Sequence[RowCache] | None = None,
+    ) -> Tensor:
         lengths = [length for r in rows for length in r.lengths]
-        return self.part.forward(hidden.to(self.device, self.part.dtype), lengths, weights).float()
+        return self.part.forward(hidden.to(self.device, self.dtype), lengths, weights, caches).float()
 
     def _take(self, kept: Forward) -> None:
         """Hand the gradients of a version's leaves to the parameters."""
@@ -239,18 +268,18 @@ class Trunk:
             for rows, loss in zip(present, loss_of, strict=True)
         ]
 
-    def _chunks(self, cohort: Sequence[Rows], places: Sequence[int]) -> list[list[int]]:
-        """The places in forwards of at most `max_batch_tokens` tokens; a step remains one optimizer step."""
-        chunks: list[list[int]] = []
+    def _pieces(self, cohort: Sequence[Rows], places: Sequence[int]) -> list[list[int]]:
+        """The places in forwards of at most `piece_tokens` tokens; a step remains one optimizer step."""
+        pieces: list[list[int]] = []
         room = 0
         for place in places:
             tokens = cohort[place].tokens
-            if not chunks or tokens > room:
-                chunks.append([])
-                room = self.max_batch_tokens
-            chunks[-1].append(place)
+            if not pieces or tokens > room:
+                pieces.append([])
+                room = self.piece_tokens
+            pieces[-1].append(place)
             room -= tokens
-        return chunks
+        return pieces
 
 
 def _pack(rows: Sequence[Rows]) -> Tensor:

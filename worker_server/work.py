@@ -10,7 +10,7 @@ class Ticket:
     """One client's request: what the state machine must know, and a payload that it carries unread.
 
     `weight` is the number of target tokens (Forward) or what the average is weighted by (Update); for Backward,
-    `forward` is the request whose gradient this is.
+    `forward` is the request whose gradient this is; for Generate, `stream` is what its rows continue.
     """
 
     session: bytes
@@ -20,6 +20,7 @@ class Ticket:
     tokens: int = 0
     weight: int = 0
     forward: int = 0
+    stream: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,20 @@ class RunBackward:
 @dataclass(frozen=True)
 class RunEvaluation:
     tickets: tuple[Ticket, ...]
+
+
+@dataclass(frozen=True)
+class RunGeneration:
+    """Rows that go on from the tokens before them, of many streams in one forward."""
+
+    tickets: tuple[Ticket, ...]
+
+
+@dataclass(frozen=True)
+class ReleaseStreams:
+    """Forget what was kept for these streams, by session and number."""
+
+    streams: tuple[tuple[bytes, int], ...]
 
 
 @dataclass(frozen=True)
@@ -86,7 +101,7 @@ class Refuse:
     message: str
 
 
-Work = RunForward | RunBackward | RunEvaluation | Aggregate | Restore
+Work = RunForward | RunBackward | RunEvaluation | RunGeneration | ReleaseStreams | Aggregate | Restore
 Instruction = Work | StartRound | Finish | Refuse
 
 

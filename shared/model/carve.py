@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from shared.errors import ModelError
 from shared.model.checkpoint import Checkpoint
 from shared.model.families import Family, family_of, sliced_config
+from shared.model.kv_cache import RowCache
 from shared.model.packing import IMPLEMENTATION, packed_attention, position_ids, row_mask
 from shared.model.plan import PartName, SplitPlan
 
@@ -62,9 +63,15 @@ class Part:
         """Parameters by their name in the whole model."""
         return {self.global_name(name): p for name, p in self.module.named_parameters()}
 
-    def embed(self, input_ids: Tensor, lengths: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Head only. input_ids (T,) int64, rows end to end; hidden (T, d). `weights` as in `forward`."""
-        return self._blocks(lengths, weights, input_ids=input_ids.unsqueeze(0))
+    def embed(
+        self,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        weights: Mapping[str, Tensor] | None = None,
+        caches: Sequence[RowCache] | None = None,
+    ) -> Tensor:
+        """Head only. input_ids (T,) int64, rows end to end; hidden (T, d). The rest as in `forward`."""
+        return self._blocks(lengths, weights, caches, input_ids=input_ids.unsqueeze(0))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,23 +79,38 @@ class Part:
         found: torch.dtype = next(p for p in self.module.parameters() if not p.is_meta).dtype
         return found
 
-    def forward(self, hidden: Tensor, lengths: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        lengths: Sequence[int],
+        weights: Mapping[str, Tensor] | None = None,
+        caches: Sequence[RowCache] | None = None,
+    ) -> Tensor:
         """Trunk only. hidden (T, d), rows end to end, to hidden (T, d).
 
-        `weights`: what to use in place of parameters of the base model, by their names there.
+        `weights`: what to use in place of parameters of the base model, by their names there. `caches`: one a row, of
+        the tokens before these; these are added.
         """
-        return self._blocks(lengths, weights, inputs_embeds=hidden.unsqueeze(0))
+        return self._blocks(lengths, weights, caches, inputs_embeds=hidden.unsqueeze(0))
 
-    def logits(self, hidden: Tensor, lengths: Sequence[int], at: Tensor) -> Tensor:
+    def logits(
+        self, hidden: Tensor, lengths: Sequence[int], at: Tensor, caches: Sequence[RowCache] | None = None
+    ) -> Tensor:
         """Tail only. hidden (T, d) to logits (P, vocabulary) at the P packed positions `at` (int64)."""
         output = self.module(
-            inputs_embeds=hidden.unsqueeze(0), logits_to_keep=at, **self._packed(lengths, hidden.device)
+            inputs_embeds=hidden.unsqueeze(0), logits_to_keep=at, **self._packed(lengths, hidden.device, caches)
         )
         result: Tensor = output.logits[0]
         return result
 
-    def _blocks(self, lengths: Sequence[int], weights: Mapping[str, Tensor] | None, **inputs: Tensor) -> Tensor:
-        arguments = inputs | self._packed(lengths, next(iter(inputs.values())).device)
+    def _blocks(
+        self,
+        lengths: Sequence[int],
+        weights: Mapping[str, Tensor] | None,
+        caches: Sequence[RowCache] | None,
+        **inputs: Tensor,
+    ) -> Tensor:
+        arguments = inputs | self._packed(lengths, next(iter(inputs.values())).device, caches)
         output: BaseModelOutputWithPast = (
             self.base(**arguments) if weights is None else functional_call(self.base, dict(weights), (), arguments)
         )
@@ -97,8 +119,9 @@ class Part:
         return hidden
 
     @staticmethod
-    def _packed(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-        return {"position_ids": position_ids(lengths, device), "attention_mask": row_mask(lengths), "use_cache": False}
+    def _packed(lengths: Sequence[int], device: torch.device, caches: Sequence[RowCache] | None) -> dict[str, Any]:
+        positions = position_ids(lengths, device, caches)
+        return {"position_ids": positions, "attention_mask": row_mask(lengths, caches), "use_cache": False}
 
 
 def load_part(
@@ -158,6 +181,7 @@ def empty_part(config: Any, plan: SplitPlan, name: PartName) -> Part:
 
 def _pack_gpt_neo_attention(attention: Any, window_size: int) -> None:
     window = window_size if attention.attention_type == "local" else None
+    attention.layer_idx = attention.layer_id
     attention.bias = None  # a (context, context) mask that packed attention does not read
 
     def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor) -> tuple[Tensor, None]:

@@ -4,7 +4,8 @@ Padding every row to the longest makes batching slower than serving rows one by 
 `hidden` is (1, T, d), T the sum of the row lengths. Unmodified Hugging Face models run on that: position ids that
 restart at 0 give each row its own positions, and `packed_attention`, registered as an attention implementation,
 lets a row attend to itself alone. It learns the row lengths from the attention mask argument, a (1, 1, 1, rows)
-integer tensor: 4-dimensional masks reach every attention layer untouched.
+integer tensor: 4-dimensional masks reach every attention layer untouched. Where rows go on from tokens before, their
+caches travel with the mask.
 """
 
 from collections.abc import Sequence
@@ -12,26 +13,36 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
+
+from shared.model.kv_cache import RowCache
 
 IMPLEMENTATION = "flglm_packed"
 
 
-def position_ids(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """(1, T) int64: 0..n-1 for each row of n tokens."""
-    return torch.cat([torch.arange(length, device=device) for length in lengths]).unsqueeze(0)
+def position_ids(
+    lengths: Sequence[int], device: torch.device | str = "cpu", caches: Sequence[RowCache] | None = None
+) -> Tensor:
+    """(1, T) int64: 0..n-1 for each row of n tokens, or on from where its cache ends."""
+    starts = [0] * len(lengths) if caches is None else [cache.length for cache in caches]
+    ranges = [torch.arange(start, start + n, device=device) for start, n in zip(starts, lengths, strict=True)]
+    return torch.cat(ranges).unsqueeze(0)
 
 
-def row_mask(lengths: Sequence[int]) -> Tensor:
+def row_mask(lengths: Sequence[int], caches: Sequence[RowCache] | None = None) -> Tensor:
     """(1, 1, 1, rows) int64 on the CPU: the row lengths, in the shape in which masks travel through models."""
-    return torch.tensor(list(lengths), dtype=torch.int64).view(1, 1, 1, -1)
+    mask = torch.tensor(list(lengths), dtype=torch.int64).view(1, 1, 1, -1)
+    if caches is not None:
+        mask.caches = caches  # type: ignore[attr-defined]
+    return mask
 
 
-def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    """(n, n) bool, True where query i may see key j: j <= i, and i - j < window where there is one."""
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return mask if window is None else mask.triu(1 - window)
+def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(n, m) bool, True where query i, which is token m - n + i, may see key j: none that comes after it, and with a
+    window none that is so far before."""
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return mask if window is None else mask.triu(keys - queries + 1 - window)
 
 
 def attend_row(
@@ -44,18 +55,22 @@ def attend_row(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Causal attention of one row. query (1, H, n, D), key and value (1, G, n, D), H a multiple of G; (1, H, n, D)."""
-    length = query.shape[2]
-    if window is not None and length <= window:
+    """Causal attention of a row's last n tokens to all its m tokens.
+
+    query (1, H, n, D), key and value (1, G, m, D), H a multiple of G; to (1, H, n, D).
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    if window is not None and keys <= window:
         window = None
     if softcap is None:
-        mask = None if window is None else causal_mask(length, window, query.device)
+        plain = window is None and queries in (1, keys)
+        mask = None if plain else causal_mask(queries, keys, window, query.device)
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=plain and queries > 1,
             dropout_p=dropout,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
@@ -64,12 +79,12 @@ def attend_row(
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = torch.tanh(scores / softcap) * softcap  # Gemma 2
-    scores = scores.masked_fill(~causal_mask(length, window, query.device), float("-inf"))
+    scores = scores.masked_fill(~causal_mask(queries, keys, window, query.device), float("-inf"))
     return F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout) @ value
 
 
 def packed_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -82,9 +97,14 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query (1, H, T, D), key and value (1, G, T, D) to output (1, T, H, D)."""
     lengths = attention_mask.flatten().tolist()
+    rows = list(zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True))
+    caches: Sequence[RowCache] | None = getattr(attention_mask, "caches", None)
+    if caches is not None:
+        layer = module.layer_idx
+        rows = [(q, *cache.append(layer, k, v)) for (q, k, v), cache in zip(rows, caches, strict=True)]
     outputs = [
         attend_row(q, k, v, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap)
-        for q, k, v in zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True)
+        for q, k, v in rows
     ]
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 

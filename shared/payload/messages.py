@@ -10,6 +10,9 @@
                                              Hidden     hidden states after the trunk
     Backward   gradient of the loss
                                              Gradient   gradient for the head; the step is done
+    Generate   hidden states that go on
+                                             Hidden     hidden states after the trunk
+    Release    the stream is over
     Update     head and tail after the round
                                              RoundStart (next round), or Finished
     Leave
@@ -97,7 +100,7 @@ class Forward(WithTensors):
 
 
 class Hidden(WithTensors):
-    """The trunk's output (T, d) for Forward `request`."""
+    """The trunk's output (T, d) for Forward or Generate `request`."""
 
     type: Literal["hidden"] = "hidden"
     request: RequestId
@@ -119,6 +122,25 @@ class Gradient(WithTensors):
 
     type: Literal["gradient"] = "gradient"
     request: RequestId
+
+
+class Generate(WithTensors):
+    """Hidden states (T, d) of rows that go on from what stream `stream` holds; a new number opens a stream.
+
+    Later requests of a stream have as many rows as its first. Answered by Hidden.
+    """
+
+    type: Literal["generate"] = "generate"
+    request: RequestId
+    stream: RequestId
+    lengths: Lengths
+
+
+class Release(Message):
+    """Forget stream `stream`. Not answered."""
+
+    type: Literal["release"] = "release"
+    stream: RequestId
 
 
 class Update(WithTensors):
@@ -151,7 +173,7 @@ class Refusal(Message):
     message: Annotated[str, Field(max_length=500)]
 
 
-FromClient = Confirm | Join | Forward | Backward | Update | Leave
+FromClient = Confirm | Join | Forward | Backward | Generate | Release | Update | Leave
 FromServer = Welcome | RoundStart | Hidden | Gradient | Finished | Refusal
 
 CLIENT_MESSAGES: TypeAdapter[FromClient] = TypeAdapter(Annotated[FromClient, Field(discriminator="type")])

@@ -145,7 +145,7 @@ def test_clients_with_equally_many_tokens_are_a_server_each(folder: Path) -> Non
 
 def test_a_token_budget_changes_nothing(folder: Path) -> None:
     whole, chunked = make_trunk(folder), make_trunk(folder)
-    chunked.max_batch_tokens = 50
+    chunked.piece_tokens = 50
     for number in range(2):
         for trunk in (whole, chunked):
             step(trunk, [rows_of(name, number) for name in NAMES])

@@ -115,11 +115,11 @@ def test_a_token_budget_changes_the_chunks_and_not_the_gradients(folder: Path) -
     kept = []
     for budget in (65_536, 13):
         trunk = make_trunk(folder)
-        trunk.max_batch_tokens = budget
+        trunk.piece_tokens = budget
         kept.append(keep_gradients(trunk))
         outputs = trunk.forward(0, cohort)
         step(trunk, [output.sign() for output in outputs])
-    assert len(trunk._chunks(cohort, range(3))) == 2
+    assert len(trunk._pieces(cohort, range(3))) == 2
     for name in kept[0]:
         torch.testing.assert_close(kept[0][name], kept[1][name], rtol=1e-4, atol=1e-7)
 
