@@ -4,7 +4,7 @@ The engine is `worker_server.trunk.Trunk`, without sockets, over the trunk (all 
 Llamas of 25 and 125 million parameters, LoRA r = 8. A step is forward, backward and one optimizer step of the cohort;
 one by one, the same requests run forward and backward each, and their gradients add up for one optimizer step. With
 per-client adapters either way has one optimizer step a client. Generation: after 64 tokens a client, one token of each
-at a time through the caches, 16 times. A request is one row: ragged (log-normal lengths of mean 64) or short (16 tokens).
+at a time through the caches, 16 times. A request is one row: ragged (log-normal lengths of mean 64) or of 16 tokens.
 All cores, wall time; together and one by one take turns, and a ratio is of the medians.
 """
 
@@ -162,7 +162,10 @@ def measure(model: str, folder: Path, kind: Kind, counts: list[int]) -> list[Cas
         for repeat in range(REPEATS + 1):
             if kind == "generation":
                 work: tuple[Any, ...] = make_streams(trunk, clients, width)
-                ways = [(generate_together, case.together), (generate_one_by_one, case.one_by_one)]
+                ways: list[tuple[Callable[..., None], list[float]]] = [
+                    (generate_together, case.together),
+                    (generate_one_by_one, case.one_by_one),
+                ]
             else:
                 work = make_cohort(kind, clients, width)
                 serial = run_each_alone if kind == "per client" else run_one_by_one

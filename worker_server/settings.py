@@ -16,8 +16,8 @@ class ServerSettings(BaseModel):
     device: str = "cpu"
     threads: Annotated[int, Field(ge=1)] | None = None
     connect_timeout_s: Annotated[float, Field(gt=0)] = 30.0
-    # A cohort is computed in pieces of at most so many tokens: larger ones miss a CPU's caches. None: 1,024 on a CPU, and
-    # whole elsewhere. Gradients are the same.
+    # A cohort is computed in pieces of at most so many tokens: larger ones miss a CPU's caches. None: 1,024 on a CPU,
+    # and whole elsewhere. Gradients are the same.
     piece_tokens: Annotated[int, Field(ge=1)] | None = None
     # Forwards that wait for their gradients keep graphs of so many tokens at most; what is over is computed again.
     max_kept_tokens: Annotated[int, Field(ge=0)] = 2**18
