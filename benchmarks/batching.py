@@ -41,7 +41,7 @@ LONGEST = 256
 SHORT = 16
 PROMPT = 64
 NEW_TOKENS = 16
-REPEATS = 7
+REPEATS = 5
 SIZES: dict[str, dict[str, int]] = {
     "25M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
     "125M": {

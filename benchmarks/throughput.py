@@ -104,7 +104,7 @@ def main() -> None:
                 data = [folder / f"{kind}-{i}.jsonl" for i in range(max(counts))]
                 for index, path in enumerate(data):
                     write_rows(path, count=40, ragged=kind == "ragged", seed=100 * repeat + index)
-                for count in counts:
+                for count in counts if kind == "equal" else (1, max(counts)):
                     run = folder / f"{repeat}-{kind}-{count}"
                     run.mkdir()
                     rates.setdefault(f"{kind} system {count}", []).append(system_rate(model, data[:count], steps, run))

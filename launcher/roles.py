@@ -10,6 +10,7 @@ import typer
 
 from launcher.output import Format, FormatOption, emit, succeed
 from launcher.peak_memory import peak_memory_bytes
+from shared.heap import keep_freed_memory
 from shared.identity import Admitted, load_identity, load_invitation
 from shared.job import load_job
 from shared.logs import configure
@@ -54,16 +55,31 @@ def server(
     ),
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
     threads: ThreadsOption = None,
+    max_kept_tokens: Annotated[
+        int,
+        typer.Option("--max-kept-tokens", min=0, help="tokens of forwards kept for their backward; others run again"),
+    ] = 2**18,
+    max_cached_tokens: Annotated[
+        int, typer.Option("--max-cached-tokens", min=0, help="tokens kept for generation, over all clients")
+    ] = 2**18,
     verbose: VerboseOption = False,
     format: FormatOption = Format.TXT,
 ) -> None:
     """Hold the trunk and serve one job to its end."""
     configure("server", verbose=verbose)
+    keep_freed_memory()
     loaded, identity = load_job(job), load_identity(key)
     from worker_server.server import Server
     from worker_server.settings import ServerSettings
 
-    settings = ServerSettings(broker=broker, state=state, device=device, threads=threads)
+    settings = ServerSettings(
+        broker=broker,
+        state=state,
+        device=device,
+        threads=threads,
+        max_kept_tokens=max_kept_tokens,
+        max_cached_tokens=max_cached_tokens,
+    )
     running = Server(settings, loaded, identity, Admitted(clients).lookup)
     _on_signals(running.stop)
     running.run()
@@ -97,6 +113,7 @@ def client_train(
 ) -> None:
     """Train with the others on rows that stay here."""
     configure("client", verbose=verbose)
+    keep_freed_memory()
     identity, invitation = load_identity(key), load_invitation(invite, datetime.now(UTC))
     from launcher.progress import ClientProgress
     from worker_client.client import ClientSettings, run_client

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
+import torch
 from torch import Tensor
 
 from worker_server.aggregation import weighted_mean
@@ -38,11 +39,15 @@ class Computed:
 
 
 class Engine:
-    """`run()` works until `stop()`; `wake` is called after each outcome, from the compute thread."""
+    """Works from `start()` to `stop()`; `wake` is called after each outcome, from the compute thread.
 
-    def __init__(self, progress: Progress, wake: Callable[[], None]) -> None:
+    `threads`: how many it computes with; None leaves torch's choice.
+    """
+
+    def __init__(self, progress: Progress, wake: Callable[[], None], threads: int | None = None) -> None:
         self.progress = progress
         self.wake = wake
+        self.threads = threads
         self.caches = StreamCaches()
         self.works: queue.Queue[Work | None] = queue.Queue(QUEUE_LENGTH)
         self.outcomes: queue.SimpleQueue[Computed | Exception] = queue.SimpleQueue()
@@ -71,6 +76,8 @@ class Engine:
         self.thread.join(timeout_s)
 
     def _run(self) -> None:
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         try:
             while (work := self.works.get()) is not None:
                 self.outcomes.put(self._do(work))
