@@ -2,10 +2,11 @@
 
 Rules
 - A worker greets with HELLO and is answered with WELCOME; who has not gets `unknown_peer` for anything else.
-- A server gives its identity. If it connects anew, the old connection and its sessions end.
-- OPEN pins a session to the client that sent it and the server that it names. ACCEPT comes from that server; DATA from
-  either end goes to the other, its frames untouched. A session's messages from anybody else are refused, the session
-  undisturbed (`not_yours`).
+- A server gives its identity and its number among the replicas that share it. If it connects anew, the old connection
+  and its sessions end.
+- OPEN pins a session to the client that sent it and the server that it names, of whose replicas the one with the fewest
+  sessions. ACCEPT comes from that server; DATA from either end goes to the other, its frames untouched. A session's
+  messages from anybody else are refused, the session undisturbed (`not_yours`).
 - CLOSE from one end of a session ends it and goes to the other; CLOSE without a session ends the connection.
 - A worker silent for `timeout_s` is gone: the other ends of its sessions are told.
 - What breaks a rule is answered with CLOSE, counted, and changes nothing.
@@ -58,6 +59,7 @@ class Connected:
 
     heard: float
     identity: bytes | None = None
+    replica: int = 0
     sessions: set[bytes] = field(default_factory=set)
 
 
@@ -76,7 +78,7 @@ class Router:
     def __init__(self, settings: BrokerSettings) -> None:
         self.settings = settings
         self.peers: dict[Peer, Connected] = {}
-        self.servers: dict[bytes, Peer] = {}
+        self.servers: dict[bytes, dict[int, Peer]] = {}
         self.sessions: dict[bytes, Session] = {}
         self.counters: Counter[str] = Counter()
 
@@ -119,7 +121,10 @@ class Router:
             return []
         self.counters["peers_gone"] += 1
         if known.identity is not None:
-            del self.servers[known.identity]
+            replicas = self.servers[known.identity]
+            del replicas[known.replica]
+            if not replicas:
+                del self.servers[known.identity]
         code = f"{peer.side}_gone"
         sends = []
         for session_id in sorted(known.sessions):
@@ -147,10 +152,10 @@ class Router:
             return [self._refuse(peer, None, "too_many_peers", "no room for another connection")]
         sends = self.lost(peer) if peer in self.peers else []
         if hello.identity is not None:
-            before = self.servers.get(hello.identity)
+            before = self.servers.get(hello.identity, {}).get(hello.replica)
             sends += [] if before is None else self.lost(before)
-            self.servers[hello.identity] = peer
-        self.peers[peer] = Connected(now, hello.identity)
+            self.servers.setdefault(hello.identity, {})[hello.replica] = peer
+        self.peers[peer] = Connected(now, hello.identity, hello.replica)
         welcome = Welcome(
             version=PROTOCOL_VERSION, heartbeat_s=self.settings.heartbeat_s, timeout_s=self.settings.timeout_s
         )
@@ -161,12 +166,13 @@ class Router:
             return [self._refuse(peer, header.session, "not_yours", "only clients open sessions")]
         if header.session in self.sessions:
             return [self._refuse(peer, header.session, "session_in_use", "a session of that id is open")]
-        server = self.servers.get(header.server)
-        if server is None:
+        replicas = self.servers.get(header.server)
+        if replicas is None:
             return [self._refuse(peer, header.session, "no_such_server", "the server is not connected to this broker")]
         mine = self.peers[peer].sessions
         if len(mine) >= self.settings.max_sessions_per_client:
             return [self._refuse(peer, header.session, "too_many_sessions", "this client has too many sessions open")]
+        _, server = min(replicas.items(), key=lambda item: (len(self.peers[item[1]].sessions), item[0]))
         self.sessions[header.session] = Session(peer, server)
         mine.add(header.session)
         self.peers[server].sessions.add(header.session)

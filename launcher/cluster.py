@@ -123,6 +123,8 @@ class Cluster:
                 role.process.wait()
             if role.listener is not None:  # until it has read what the process said last
                 role.listener.join(STOP_S)
+            if role.process.stdout is not None:
+                role.process.stdout.close()
 
     def _listen(self, role: Role) -> None:
         assert role.process.stdout is not None

@@ -1,6 +1,7 @@
 """One job with all its roles as processes on this machine: the commands that an operator and data owners would type."""
 
 import json
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,19 +66,21 @@ def train_together(
     watch: Watch | None = None,
     *,
     server_threads: int = 1,
+    replicas: int = 1,
     through: Callable[[str], str] | None = None,
 ) -> LocalRun:
     """Run broker, server and one client a site to the job's end, all files under `out`; there again, it resumes.
 
-    Clients compute with one thread each. `watch` gets each client's events as they come. `through`: given
-    the broker's address, where clients connect instead (a proxy). Raises JobError if `out` holds
-    another job's run, RoleFailed with the words of a process that failed, DeadlineExceeded if nothing moves.
+    Clients compute with one thread each, servers with `server_threads`; `replicas` of them share the clients. `watch`
+    gets each client's events as they come. `through`: given the broker's address, where clients connect instead (a
+    proxy). Raises JobError if `out` holds another job's run, RoleFailed with the words of a process that failed,
+    DeadlineExceeded if nothing moves.
     """
     prepare(job, sites, out)
     began = time.monotonic()
     with Cluster(out / "logs", THREADS) as cluster:
         addresses = start_broker(cluster)
-        start_server(cluster, out, addresses["servers"], server_threads)
+        start_servers(cluster, out, addresses["servers"], server_threads, replicas)
         reached = addresses["clients"] if through is None else through(addresses["clients"])
         clients = [start_client(cluster, out, job, site, reached) for site in sites]
         with (out / EVENTS).open("a") as kept:
@@ -134,13 +137,22 @@ def start_broker(cluster: Cluster) -> dict[str, Any]:
     return cluster.wait_for(broker, "ready", READY_S)
 
 
-def start_server(cluster: Cluster, out: Path, broker: str, threads: int) -> Role:
+def start_servers(cluster: Cluster, out: Path, broker: str, threads: int, replicas: int = 1) -> list[Role]:
+    """The server, or its replicas, which meet at a free port."""
     arguments = [
         "server", "--job", str(out / "job.yaml"), "--key", str(out / "keys" / "server.key"),
         "--clients", str(out / "clients"), "--broker", broker, "--state", str(out / "server-state"),
         "--threads", str(threads),
     ]  # fmt: skip
-    return cluster.start("server", "server", arguments)
+    if replicas == 1:
+        return [cluster.start("server", "server", arguments)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        rendezvous = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    arguments += ["--replicas", str(replicas), "--rendezvous", rendezvous]
+    return [
+        cluster.start("server", f"server-{number}", [*arguments, "--replica", str(number)])
+        for number in range(replicas)
+    ]
 
 
 def start_client(cluster: Cluster, out: Path, job: Job, site: Site, broker: str) -> Role:

@@ -55,6 +55,11 @@ def server(
     ),
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = "cpu",
     threads: ThreadsOption = None,
+    replica: Annotated[int, typer.Option("--replica", min=0, help="this server's number among several, from 0")] = 0,
+    replicas: Annotated[int, typer.Option("--replicas", min=1, help="how many servers train the job together")] = 1,
+    rendezvous: Annotated[
+        str | None, typer.Option("--rendezvous", help="where replicas meet: tcp://host:port, or env under torchrun")
+    ] = None,
     max_kept_tokens: Annotated[
         int,
         typer.Option("--max-kept-tokens", min=0, help="tokens of forwards kept for their backward; others run again"),
@@ -77,6 +82,9 @@ def server(
         state=state,
         device=device,
         threads=threads,
+        replica=replica,
+        replicas=replicas,
+        rendezvous=rendezvous,
         max_kept_tokens=max_kept_tokens,
         max_cached_tokens=max_cached_tokens,
     )

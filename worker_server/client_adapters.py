@@ -87,8 +87,11 @@ class ClientAdapters:
         members = [
             (weight, {VECTOR: self.clients[n].vector.detach()}) for n, weight in weights.items() if n in self.clients
         ]
-        if members:
-            self.average = weighted_mean(members)[VECTOR]
+        self.go_on_from(weighted_mean(members)[VECTOR] if members else self.average)
+
+    def go_on_from(self, average: Tensor) -> None:
+        """Let every client continue with these weights, (P,)."""
+        self.average = average
         with torch.no_grad():
             for adapter in self.clients.values():
                 adapter.vector.copy_(self.average)

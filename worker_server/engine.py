@@ -5,7 +5,7 @@ It knows no sockets and no sessions. An error in it is kept and raised to whoeve
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from worker_server.aggregation import weighted_mean
 from worker_server.progress import Progress
+from worker_server.replicas import Replicas
 from worker_server.streams import StreamCaches
 from worker_server.work import (
     Aggregate,
@@ -41,13 +42,23 @@ class Computed:
 class Engine:
     """Works from `start()` to `stop()`; `wake` is called after each outcome, from the compute thread.
 
-    `threads`: how many it computes with; None leaves torch's choice.
+    `threads`: how many it computes with; None leaves torch's choice. `replicas`: with whom rounds are averaged, and
+    `update_shapes` what clients hand in, for a replica that has none.
     """
 
-    def __init__(self, progress: Progress, wake: Callable[[], None], threads: int | None = None) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        wake: Callable[[], None],
+        threads: int | None = None,
+        replicas: Replicas | None = None,
+        update_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         self.progress = progress
         self.wake = wake
         self.threads = threads
+        self.replicas = replicas
+        self.update_shapes = update_shapes or {}
         self.caches = StreamCaches()
         self.works: queue.Queue[Work | None] = queue.Queue(QUEUE_LENGTH)
         self.outcomes: queue.SimpleQueue[Computed | Exception] = queue.SimpleQueue()
@@ -110,16 +121,27 @@ class Engine:
                     trunk.step(steps)
                 pairs = zip(present, results, strict=True)
                 return Computed(work, tuple((ticket, result) for ticket, result in pairs if ticket is not None))
-            case Aggregate(_, updates):
-                mean = weighted_mean([(ticket.weight, ticket.payload) for ticket in updates])
-                trunk.end_round({ticket.client: ticket.weight for ticket in updates})
-                self.progress.complete_round(mean)
+            case Aggregate(round_, updates):
+                self._end_round(round_, updates)
                 return Computed(work)
             case Restore(round_):
                 self.progress.restore(round_)
                 return Computed(work)
             case _:
                 assert_never(work)
+
+    def _end_round(self, round: int, updates: Sequence[Ticket]) -> None:
+        """The means of heads and tails, and with several replicas of their trunks; then a checkpoint."""
+        trunk = self.progress.trunk
+        mean = weighted_mean([(ticket.weight, ticket.payload) for ticket in updates]) if updates else {}
+        trunk.end_round({ticket.client: ticket.weight for ticket in updates})
+        if self.replicas is not None:
+            self.replicas.announce_end(round)
+            weight = sum(ticket.weight for ticket in updates)
+            empty = {name: torch.zeros(shape) for name, shape in self.update_shapes.items()}
+            mean = self.replicas.mean(mean or empty, weight)
+            trunk.take_round_values(self.replicas.mean(trunk.round_values(), weight))
+        self.progress.complete_round(mean)
 
 
 def _answered(work: Work, tickets: tuple[Ticket, ...], outputs: list[Tensor]) -> Computed:

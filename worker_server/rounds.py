@@ -134,6 +134,13 @@ class Rounds(ABC):
         self.lobby.pop(session, None)
         return self._drop([session], now)
 
+    def ended_elsewhere(self) -> list[Instruction]:
+        """Another replica ends this round; here nobody trains it: join in without an update."""
+        if self.stage != "waiting":
+            return []
+        self.stage = "aggregating"
+        return [Aggregate(self.round, ())]
+
     # Events from the compute thread
 
     def forward_done(self, cohort: int, now: float) -> list[Instruction]:

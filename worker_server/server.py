@@ -1,12 +1,13 @@
 """Putting a server together from its settings, a job, an identity and a list of admitted clients."""
 
 import threading
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 
 import torch
 import zmq
 
+from shared.errors import JobError
 from shared.identity import Identity, key_digest
 from shared.job import Job
 from shared.model.carve import load_part
@@ -22,6 +23,7 @@ from worker_server.inference import Inference
 from worker_server.intake import Intake
 from worker_server.lockstep import Lockstep
 from worker_server.progress import Progress
+from worker_server.replicas import Place, Replicas, device_of, place_of
 from worker_server.rounds import Plan, Rounds
 from worker_server.service import Service
 from worker_server.sessions import Sessions
@@ -74,23 +76,29 @@ class Server:
         torch.set_num_threads(1)
         checkpoint = Checkpoint(self.job.model_name_or_path)
         plan = SplitPlan(self.job.split.head_blocks, self.job.split.tail_blocks, checkpoint.config.num_hidden_layers)
-        dtype = DTYPES[self.job.training.trunk_dtype]
-        part = load_part(checkpoint, plan, "trunk", dtype=dtype, device=self.settings.device)
+        dtype, device = DTYPES[self.job.training.trunk_dtype], device_of(self.settings)
+        part = load_part(checkpoint, plan, "trunk", dtype=dtype, device=device)
         make_trainable(part, self.job)
         fingerprint = checkpoint.fingerprint()
         trunk = Trunk(
             part,
             self.job,
-            self.settings.device,
+            device,
             max_kept_tokens=self.settings.max_kept_tokens,
             piece_tokens=self.settings.piece_tokens,
         )
-        progress = Progress(self.settings.state, self.job, fingerprint, trunk)
+        place = place_of(self.settings)
+        state = self.settings.state if place is None else self.settings.state / f"replica-{place.replica}"
+        progress = Progress(state, self.job, fingerprint, trunk)
         progress.begin()
+        shapes = update_shapes(checkpoint.config, plan, self.job)
         name = key_digest(self.identity.public)
         with (
+            self._replicas(place, progress) as replicas,
             closing(Waker()) as waker,
-            BrokerConnection(self.context, self.settings.broker, "server", name) as connection,
+            BrokerConnection(
+                self.context, self.settings.broker, "server", name, 0 if place is None else place.replica
+            ) as connection,
         ):
             self.service = Service(
                 self.settings,
@@ -99,9 +107,9 @@ class Server:
                     job=self.job,
                     width=checkpoint.config.hidden_size,
                     max_length=self.job.data.max_length,
-                    update_shapes=update_shapes(checkpoint.config, plan, self.job),
+                    update_shapes=shapes,
                 ),
-                make_rounds(self.job, progress.round),
+                make_rounds(self.job, progress.round, place),
                 Inference(self.job.cohort.max_batch_tokens),
                 StreamBook(
                     StreamLimits(
@@ -110,7 +118,7 @@ class Server:
                         self.settings.max_streams_per_session,
                     )
                 ),
-                Engine(progress, waker.wake, threads),
+                Engine(progress, waker.wake, threads, replicas, shapes),
                 connection,
                 waker,
                 Welcome(
@@ -119,15 +127,36 @@ class Server:
                     tensor_table=fingerprint.tensors,
                     weights=fingerprint.weights,
                 ),
+                replicas,
             )
             if not self._stop.is_set():
                 self.service.run()
 
+    @contextmanager
+    def _replicas(self, place: Place | None, progress: Progress) -> Iterator[Replicas | None]:
+        """The group of replicas, all at the round that the earliest of them has completed."""
+        if place is None:
+            yield None
+            return
+        if place.replicas > self.job.cohort.clients:
+            raise JobError(f"{place.replicas} replicas for {self.job.cohort.clients} clients (cohort.clients)")
+        replicas = Replicas(place, device_of(self.settings), self.settings.replica_timeout_s)
+        try:
+            earliest = replicas.earliest(progress.round)
+            if earliest < progress.round:
+                progress.restore(earliest)
+            yield replicas
+        finally:
+            replicas.close()
 
-def make_rounds(job: Job, round: int) -> Rounds:
-    """The state machine of the job's kind of cohorts."""
+
+def make_rounds(job: Job, round: int, place: Place | None = None) -> Rounds:
+    """The state machine of the job's kind of cohorts; one of several replicas begins with its share of the clients."""
+    clients = job.cohort.clients
+    if place is not None:
+        clients = clients // place.replicas + (place.replica < clients % place.replicas)
     plan = Plan(
-        clients=job.cohort.clients,
+        clients=clients,
         rounds=job.rounds.count,
         local_steps=job.rounds.local_steps,
         deadline_s=job.cohort.deadline_s,

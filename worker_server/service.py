@@ -36,6 +36,7 @@ from shared.wire.waker import Waker
 from worker_server.engine import Computed, Engine
 from worker_server.inference import Inference
 from worker_server.intake import Intake
+from worker_server.replicas import Replicas
 from worker_server.rounds import Rounds
 from worker_server.sessions import Session, Sessions, code_of
 from worker_server.settings import ServerSettings
@@ -81,6 +82,7 @@ class Service:
         connection: BrokerConnection,
         waker: Waker,
         welcome: Welcome,
+        replicas: Replicas | None = None,
     ) -> None:
         self.settings = settings
         self.sessions = sessions
@@ -92,6 +94,7 @@ class Service:
         self.connection = connection
         self.waker = waker
         self.welcome = welcome
+        self.replicas = replicas
         self.state = State.RUNNING
         self.counters: Counter[str] = Counter()
         self.finished_at: float | None = None
@@ -124,6 +127,8 @@ class Service:
         for outcome in self.engine.collect():
             self._deliver(outcome, now)
         self._carry_out(self.rounds.tick(now))
+        if self.replicas is not None and self.rounds.stage == "waiting" and self.replicas.ending(self.rounds.round):
+            self._carry_out(self.rounds.ended_elsewhere())
         for session in self.sessions.silent(now - self.settings.silent_session_s):
             self._end(session.id, "silent", "no record came after the handshake", now)
         self.connection.tick(now)

@@ -15,6 +15,11 @@ class ServerSettings(BaseModel):
     state: Path = Path("server-state")
     device: str = "cpu"
     threads: Annotated[int, Field(ge=1)] | None = None
+    # This server's number among those that train one job together, how many there are, and where they meet.
+    replica: Annotated[int, Field(ge=0, lt=4096)] = 0
+    replicas: Annotated[int, Field(ge=1, le=4096)] = 1
+    rendezvous: str | None = None
+    replica_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     connect_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     # A cohort is computed in pieces of at most so many tokens: larger ones miss a CPU's caches. None: 1,024 on a CPU,
     # and whole elsewhere. Gradients are the same.

@@ -130,6 +130,20 @@ class Trunk:
         if self.clients is not None:
             self.clients.end_round(weights)
 
+    def round_values(self) -> dict[str, Tensor]:
+        """What replicas average at a round's end: the trained parameters, or the average of the clients' own."""
+        if self.clients is not None:
+            return {"adapter": self.clients.average}
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def take_round_values(self, values: Mapping[str, Tensor]) -> None:
+        """Go on from `values`, shaped as `round_values`."""
+        if self.clients is not None:
+            self.clients.go_on_from(values["adapter"])
+        else:
+            load_trained(self.parameters, values)
+            self._version = None
+
     @torch.no_grad()
     def evaluate(self, cohort: Sequence[Rows]) -> list[Tensor]:
         """Each client's rows through the trunk, without dropout, without a graph."""

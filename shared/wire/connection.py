@@ -34,10 +34,12 @@ class BrokerConnection:
         address: str,
         role: Literal["client", "server"],
         identity: bytes | None = None,
+        replica: int = 0,
     ) -> None:
         self.address = address
         self.role = role
         self.identity = identity
+        self.replica = replica
         self.socket = context.socket(zmq.DEALER)
         self.heartbeat: Heartbeat | None = None
         self.bytes_sent = 0
@@ -122,7 +124,7 @@ class BrokerConnection:
         self.send(pack(Close(code="leaving", message="the worker leaves")))
 
     def _greet(self) -> None:
-        hello = Hello(version=PROTOCOL_VERSION, role=self.role, identity=self.identity)
+        hello = Hello(version=PROTOCOL_VERSION, role=self.role, identity=self.identity, replica=self.replica)
         self.socket.send_multipart(pack(hello).frames())
 
     def _welcomed(self, welcome: Welcome) -> None:

@@ -52,11 +52,12 @@ class Header(BaseModel):
 
 
 class Hello(Header):
-    """A worker's first message. A server says its identity: clients name it in OPEN."""
+    """A worker's first message. A server says its identity: clients name it in OPEN. Replicas share one; they count."""
 
     version: int
     role: Literal["client", "server"]
     identity: Digest | None = None
+    replica: Annotated[int, Field(ge=0, lt=4096)] = 0
 
 
 class Welcome(Header):

@@ -42,7 +42,7 @@ greetings = st.one_of(
     st.builds(
         Says,
         st.sampled_from(SERVERS),
-        st.builds(Hello, version=st.just(1), role=st.just("server"), identity=identities),
+        st.builds(Hello, version=st.just(1), role=st.just("server"), identity=identities, replica=st.integers(0, 1)),
     ),
 )
 headers = st.one_of(
@@ -73,9 +73,13 @@ def assert_tables_agree(router: Router) -> None:
     for peer, known in router.peers.items():
         assert all(peer in (router.sessions[s].client, router.sessions[s].server) for s in known.sessions)
         assert (known.identity is not None) == (peer.side == "server")
-        assert known.identity is None or router.servers[known.identity] == peer
+        assert known.identity is None or router.servers[known.identity][known.replica] == peer
         assert peer.side == "server" or len(known.sessions) <= LIMITS.max_sessions_per_client
-    assert all(router.peers[peer].identity == identity for identity, peer in router.servers.items())
+    assert all(
+        (router.peers[peer].identity, router.peers[peer].replica) == (identity, replica)
+        for identity, replicas in router.servers.items()
+        for replica, peer in replicas.items()
+    )
     assert len(router.peers) <= LIMITS.max_peers
 
 

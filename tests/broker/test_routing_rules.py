@@ -1,5 +1,6 @@
 """The broker's rules, without sockets: who may say what, and what becomes of it."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -86,7 +87,7 @@ def test_a_session_goes_between_its_two_ends_and_its_frames_untouched() -> None:
 )
 def test_what_breaks_a_rule_is_refused_and_changes_nothing(peer: Peer, message: list[Any], refusal: str) -> None:
     router = opened()
-    before = (dict(router.peers), dict(router.sessions), dict(router.servers))
+    before = copy.deepcopy((router.peers, router.sessions, router.servers))
     sends = router.handle(peer, message, 0)
     assert sends[0].to == peer
     assert code(sends) == refusal
@@ -113,6 +114,43 @@ def test_a_silent_worker_is_gone_and_the_other_end_is_told(gone: Peer, told: Pee
     assert [(send.to, send.envelope.header.code) for send in sends] == [(told, why), (gone, "timed_out")]  # type: ignore[attr-defined]
     assert router.sessions == {}
     assert gone not in router.peers
+
+
+def replicated(count: int) -> tuple[Router, list[Peer]]:
+    router = Router(BrokerSettings())
+    replicas = [Peer("server", b"s%d" % number) for number in range(count)]
+    for number, peer in enumerate(replicas):
+        hello = Hello(version=PROTOCOL_VERSION, role="server", identity=IDENTITY, replica=number)
+        router.handle(peer, frames(hello), 0)
+    router.handle(CLIENT, frames(Hello(version=PROTOCOL_VERSION, role="client")), 0)
+    return router, replicas
+
+
+def test_sessions_go_to_the_replica_with_the_fewest_and_stay_there() -> None:
+    router, (first, second, third) = replicated(3)
+    sessions = [bytes([number]) * 16 for number in range(6)]
+    chosen = [router.handle(CLIENT, opening(session), 0)[0].to for session in sessions[:3]]
+    assert chosen == [first, second, third]
+    router.handle(second, frames(Close(session=sessions[1], code="over", message="")), 0)
+    assert [router.handle(CLIENT, opening(session), 0)[0].to for session in sessions[3:]] == [second, first, second]
+    (data,) = router.handle(CLIENT, frames(Data(session=sessions[2], sequence=0), b"x"), 0)
+    assert data.to == third
+
+
+def test_a_replica_replaces_itself_alone_and_the_others_carry_on_without_it() -> None:
+    router, (first, _) = replicated(2)
+    router.handle(CLIENT, opening(b"x" * 16), 0)
+    router.handle(CLIENT, opening(b"y" * 16), 0)
+    again = Peer("server", b"again")
+    hello = Hello(version=PROTOCOL_VERSION, role="server", identity=IDENTITY, replica=1)
+    sends = router.handle(again, frames(hello), 0)
+    assert code(sends[:1]) == "server_gone"
+    assert router.servers == {IDENTITY: {0: first, 1: again}}
+    assert list(router.sessions) == [b"x" * 16]
+    router.lost(first)
+    assert router.handle(CLIENT, opening(b"z" * 16), 0)[0].to == again
+    router.lost(again)
+    assert code(router.handle(CLIENT, opening(b"w" * 16), 0)) == "no_such_server"
 
 
 def test_a_server_that_connects_anew_replaces_its_old_connection() -> None:

@@ -61,7 +61,7 @@ def flipped(envelope: Envelope) -> Envelope:
 def impostor(running: Serving, server: bytes) -> None:
     """Give the only server another one's name, as a broker could."""
     router = running.broker.router
-    (router.servers[key_digest(server)],) = set(router.servers.values())
+    (router.servers[key_digest(server)],) = list(router.servers.values())
 
 
 def forward(trunk: RemoteTrunk, hidden: Tensor, batch: Batch, *, step: int, wants_gradient: bool) -> tuple[int, Tensor]:

@@ -215,6 +215,16 @@ def test_a_resumed_job_goes_on_at_its_round_and_waits_for_all_clients() -> None:
     assert lockstep.joined(ticket(B), 0) == [StartRound(3, (ticket(A), ticket(B)))]
 
 
+def test_a_round_that_ends_at_another_replica_is_joined_by_one_that_has_no_members() -> None:
+    lockstep = machine()
+    assert lockstep.ended_elsewhere() == [Aggregate(0, ())]
+    lockstep.joined(ticket(A), 0)
+    assert lockstep.joined(ticket(B), 0) == []
+    assert lockstep.ended_elsewhere() == []  # once
+    assert lockstep.aggregation_done() == [StartRound(1, (ticket(A), ticket(B)))]
+    assert lockstep.ended_elsewhere() == []  # its members will end it
+
+
 EVENTS: dict[str, Callable[[Lockstep], list[Instruction]]] = {
     "join": lambda m: m.joined(ticket(B), 0),
     "forward": lambda m: m.forward(ticket(B, 5), 0, 0, 0, 0),

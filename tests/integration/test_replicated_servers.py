@@ -1,0 +1,69 @@
+"""Two server processes, a replica each: equal trunks after every round, and what two lone servers would average to."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.fidelity import Case, make_job, random_rows
+from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
+from launcher import local_run
+from shared import state_files
+from shared.job import Job, Rounds
+
+NAMES = ["a", "b"]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = save_tiny_model("llama", tmp_path / "model")
+    save_word_tokenizer(folder)
+    return folder
+
+
+def site(folder: Path, name: str, count: int, seed: int) -> local_run.Site:
+    path = folder / f"{name}.jsonl"
+    texts = [" ".join(f"w{token}" for token in row.input_ids) for row in random_rows(count, seed)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return local_run.Site(name, path, path)
+
+
+def job_of(model: Path, clients: int, rounds: int) -> Job:
+    job = make_job(model, Case(("trunk",), clients))
+    return job.model_copy(update={"rounds": Rounds(count=rounds, local_steps=3)})
+
+
+def trunk_of(folder: Path, number: int) -> dict[str, Tensor]:
+    tensors, _ = state_files.load(folder, number)
+    return {name: value for name, value in tensors.items() if name.startswith("trunk/")}
+
+
+def test_replicas_end_every_round_with_the_weighted_mean_of_their_trunks(model: Path, tmp_path: Path) -> None:
+    sites = [site(tmp_path, name, 8, seed) for seed, name in enumerate(NAMES)]
+    run = local_run.train_together(job_of(model, 2, 2), sites, tmp_path / "both", replicas=2)
+    assert {info.name for info in run.processes if info.role == "server"} == {"server-0", "server-1"}
+    state = tmp_path / "both" / "server-state"
+    for number in (1, 2):
+        first, second = (trunk_of(state / f"replica-{replica}", number) for replica in range(2))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    # After the first round: each alone with a server of its own, averaged by hand.
+    alone, weights = [], []
+    for each in sites:
+        lone = local_run.train_together(job_of(model, 1, 2), [each], tmp_path / each.name)
+        alone.append(trunk_of(tmp_path / each.name / "server-state", 1))
+        weights.append(_target_tokens(lone.events[each.name]))
+    after_one = trunk_of(state / "replica-0", 1)
+    total = sum(weights)
+    for name, value in after_one.items():
+        expected = sum(w / total * one[name] for w, one in zip(weights, alone, strict=True))
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6)
+
+
+def _target_tokens(events: list[dict[str, Any]]) -> int:
+    """Of the first round: every token but a row's first counts."""
+    steps = [event for event in events if event.get("event") == "step" and event["round"] == 0]
+    return sum(int(event["tokens"]) - 4 for event in steps)

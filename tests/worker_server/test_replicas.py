@@ -1,0 +1,138 @@
+"""Replicas of the trunk: means over real process groups, as processes, with one that dies and one without clients."""
+
+import multiprocessing as mp
+import queue
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from shared.errors import ConnectionFailed, UsageError
+from worker_server.replicas import Place, Replicas, device_of, place_of
+from worker_server.settings import ServerSettings
+
+WAIT_S = 60.0
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
+def averages(replicas: Replicas) -> Any:
+    """Rank r holds r + 1 everywhere, with weight 1 for the first and 3 for the second."""
+    rank = replicas.place.replica
+    values = {"a": torch.full((2, 3), rank + 1.0), "b": torch.full((4,), 10.0 * (rank + 1))}
+    mean = replicas.mean(values, (1, 3)[rank])
+    unweighted = replicas.mean(values, 0)
+    return mean["a"].tolist(), mean["b"].tolist(), unweighted["a"].tolist(), replicas.earliest(5 - rank)
+
+
+def notes(replicas: Replicas) -> Any:
+    """The second hears that the first ends its round, without waiting for it."""
+    before = replicas.ending(7)
+    if replicas.place.replica == 0:
+        replicas.announce_end(7)
+    replicas.earliest(0)
+    return (before if replicas.place.replica == 0 else None), replicas.ending(7), replicas.ending(8)
+
+
+def dies(replicas: Replicas) -> Any:
+    if replicas.place.replica == 1:
+        return None
+    try:
+        replicas.mean({"a": torch.zeros(2)}, 1)
+    except ConnectionFailed as error:
+        return error.message, error.hint
+    return "no error"
+
+
+def _process(port: int, rank: int, action: Callable[[Replicas], Any], results: Any) -> None:
+    replicas = Replicas(Place(rank, 2, "127.0.0.1", port, rank == 0), "cpu", 10.0)
+    results.put((rank, action(replicas)))
+    if action is not dies:
+        replicas.close()
+
+
+def run(action: Callable[[Replicas], Any]) -> dict[int, Any]:
+    context = mp.get_context("spawn")
+    results: Any = context.Queue()
+    port = free_port()
+    processes = [context.Process(target=_process, args=(port, rank, action, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        return dict(results.get(timeout=WAIT_S) for _ in processes)
+    except queue.Empty:
+        pytest.fail("the replicas did not answer")
+    finally:
+        for process in processes:
+            process.join(WAIT_S)
+            process.kill()
+
+
+def test_means_are_weighted_and_the_same_on_all() -> None:
+    results = run(averages)
+    assert results[0][:2] == results[1][:2] == ([[1.75] * 3] * 2, [17.5] * 4)
+    assert results[0][2] == [[1.0] * 3] * 2  # no weight anywhere: each keeps its own
+    assert results[1][2] == [[2.0] * 3] * 2
+    assert results[0][3] == results[1][3] == 4
+
+
+def test_the_end_of_a_round_is_heard_without_waiting() -> None:
+    assert run(notes) == {0: (False, True, False), 1: (None, True, False)}
+
+
+def test_a_replica_that_is_gone_is_said_with_what_to_do() -> None:
+    message, hint = run(dies)[0]
+    assert "other replicas" in message
+    assert "start all replicas again" in hint
+
+
+def test_replicas_that_do_not_come_are_waited_for_a_bounded_time() -> None:
+    with pytest.raises(ConnectionFailed, match="were not all there within 1 s"):
+        Replicas(Place(1, 2, "127.0.0.1", free_port(), False), "cpu", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, None),
+        ({"replicas": 2, "rendezvous": "tcp://host:29500"}, Place(0, 2, "host", 29500, True)),
+        ({"replicas": 3, "replica": 2, "rendezvous": "tcp://host:29500"}, Place(2, 3, "host", 29500, False)),
+    ],
+)
+def test_where_replicas_meet(settings: dict[str, Any], expected: Place | None) -> None:
+    assert place_of(ServerSettings(**settings)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"replicas": 2}, "need --rendezvous"),
+        ({"replicas": 2, "rendezvous": "host:1"}, "need --rendezvous"),
+        ({"replicas": 2, "replica": 2, "rendezvous": "tcp://host:1"}, "count from 0"),
+        ({"rendezvous": "env"}, "needs RANK"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        place_of(ServerSettings(**settings))
+
+
+@pytest.mark.parametrize(("agent", "hosts"), [("True", False), ("False", True)])
+def test_torchruns_environment_is_understood(agent: str, hosts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "node", "MASTER_PORT": "29500"}
+    for name, value in {**values, "TORCHELASTIC_USE_AGENT_STORE": agent}.items():
+        monkeypatch.setenv(name, value)
+    assert place_of(ServerSettings(rendezvous="env")) == Place(0, 4, "node", 29500, hosts)
+
+
+def test_under_torchrun_each_process_of_a_machine_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device_of(ServerSettings(device="cuda", rendezvous="env")) == "cuda:3"
+    assert device_of(ServerSettings(device="cuda")) == "cuda"
+    assert device_of(ServerSettings(device="cpu", rendezvous="env")) == "cpu"
