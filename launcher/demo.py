@@ -22,8 +22,9 @@ from launcher.report import ClientQuality, Curve, Process, Quality, Report, summ
 from shared.errors import DataError, JobError
 from shared.job import Job, load_job
 from shared.model.checkpoint import Checkpoint
+from shared.model.families import context_length
 from shared.model.plan import SplitPlan
-from worker_client.client import context_length, load_tokenizer
+from worker_client.client import load_tokenizer
 from worker_client.data import Row, load_rows, split_validation
 from worker_client.head_tail import NO_SCORE, Score
 

@@ -15,6 +15,7 @@ from shared.errors import HandshakeError, ModelError, Refused
 from shared.identity import Identity, Invitation
 from shared.job import Job, parse_job
 from shared.model.checkpoint import Checkpoint, Fingerprint
+from shared.model.families import context_length
 from shared.payload.messages import Welcome
 from worker_client.data import LoadedRows, Row, load_rows, split_validation
 from worker_client.head_tail import HeadTail, Score, load_client_parts
@@ -143,11 +144,6 @@ def _rows(
         return loaded.rows, (), loaded
     train, held_out = split_validation(loaded.rows, settings.validation_fraction, job.training.seed)
     return train, held_out, loaded
-
-
-def context_length(config: Any) -> int:
-    """The most tokens that a row may have for this model."""
-    return int(getattr(config, "max_position_embeddings", 0) or 2**20)
 
 
 def _write_result(out: Path, job: Job, parts: HeadTail) -> None:

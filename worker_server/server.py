@@ -12,6 +12,7 @@ from shared.identity import Identity, key_digest
 from shared.job import Job
 from shared.model.carve import load_part
 from shared.model.checkpoint import Checkpoint
+from shared.model.families import context_length
 from shared.model.plan import SplitPlan
 from shared.model.trainable import make_trainable, update_shapes
 from shared.payload.messages import Welcome
@@ -31,7 +32,6 @@ from worker_server.settings import ServerSettings
 from worker_server.streams import StreamBook, StreamLimits
 from worker_server.trunk import Trunk
 
-LONGEST_ROW = 2**20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -114,7 +114,7 @@ class Server:
                 StreamBook(
                     StreamLimits(
                         self.settings.max_cached_tokens,
-                        getattr(checkpoint.config, "max_position_embeddings", None) or LONGEST_ROW,
+                        context_length(checkpoint.config),
                         self.settings.max_streams_per_session,
                     )
                 ),

@@ -85,6 +85,11 @@ def family_of(config: Any) -> Family:
     return family
 
 
+def context_length(config: Any) -> int:
+    """The most tokens that a row may have for this model."""
+    return int(getattr(config, "max_position_embeddings", 0) or 2**20)
+
+
 def sliced_config(config: Any, start: int, stop: int) -> Any:
     """A copy of `config` for blocks `start` to `stop` (exclusive): the block count and every per-block list."""
     total = config.num_hidden_layers

@@ -26,8 +26,8 @@ def position_ids(
 ) -> Tensor:
     """(1, T) int64: 0..n-1 for each row of n tokens, or on from where its cache ends."""
     starts = [0] * len(lengths) if caches is None else [cache.length for cache in caches]
-    ranges = [torch.arange(start, start + n, device=device) for start, n in zip(starts, lengths, strict=True)]
-    return torch.cat(ranges).unsqueeze(0)
+    positions = [place for start, n in zip(starts, lengths, strict=True) for place in range(start, start + n)]
+    return torch.tensor([positions], device=device)
 
 
 def row_mask(lengths: Sequence[int], caches: Sequence[RowCache] | None = None) -> Tensor:

@@ -12,8 +12,9 @@ from shared.errors import HandshakeError, ModelError, Refused
 from shared.identity import Invitation
 from shared.job import Job
 from shared.model.checkpoint import Checkpoint
+from shared.model.families import context_length
 from shared.payload.messages import Welcome
-from worker_client.client import agreed_job, check_same_model, context_length, load_tokenizer
+from worker_client.client import agreed_job, check_same_model, load_tokenizer
 
 JOB = Job(model_name_or_path="m")
 
