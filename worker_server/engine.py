@@ -28,7 +28,7 @@ from worker_server.work import (
     Work,
 )
 
-QUEUE_LENGTH = 16
+QUEUE_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Engine:
         self.thread.start()
 
     def submit(self, work: Work) -> None:
-        """Lockstep has at most an undone round, a training step and an evaluation under way: the queue never fills."""
+        """Never fills the queue: under way are 16 cohorts (cohort.in_flight) at most, an undone round, an inference."""
         self.works.put_nowait(work)
 
     def collect(self) -> list[Computed]:

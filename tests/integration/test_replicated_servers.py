@@ -1,6 +1,7 @@
 """Two server processes, a replica each: equal trunks after every round, and what two lone servers would average to."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Tensor
 from benchmarks.fidelity import Case, make_job, random_rows
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from launcher import local_run
+from launcher.cluster import Cluster
 from shared import state_files
 from shared.job import Job, Rounds
 
 NAMES = ["a", "b"]
+WAIT_S = 120.0
 
 
 @pytest.fixture
@@ -67,3 +70,24 @@ def _target_tokens(events: list[dict[str, Any]]) -> int:
     """Of the first round: every token but a row's first counts."""
     steps = [event for event in events if event.get("event") == "step" and event["round"] == 0]
     return sum(int(event["tokens"]) - 4 for event in steps)
+
+
+def test_a_replica_whose_clients_are_gone_holds_nobody_up(model: Path, tmp_path: Path) -> None:
+    """A client is killed in the second of four rounds: the other comes to the end, and both replicas with it."""
+    job = job_of(model, 2, 4).model_copy(update={"rounds": Rounds(count=4, local_steps=30)})
+    sites = [site(tmp_path, name, 8, seed) for seed, name in enumerate(NAMES)]
+    out = tmp_path / "run"
+    local_run.prepare(job, sites, out)
+    with Cluster(out / "logs", local_run.THREADS) as cluster:
+        addresses = local_run.start_broker(cluster)
+        servers = local_run.start_servers(cluster, out, addresses["servers"], 1, replicas=2)
+        stays, goes = (local_run.start_client(cluster, out, job, each, addresses["clients"]) for each in sites)
+        deadline = time.monotonic() + WAIT_S
+        while stays.exit_code is None and time.monotonic() < deadline:
+            for role, event in cluster.events(0.5):
+                if role is goes and event.get("event") == "step" and event["step"] >= 35:
+                    goes.process.kill()
+        for role in (stays, *servers):
+            assert role.process.wait(WAIT_S) == 0, role.last_words()
+    for replica in range(2):
+        assert state_files.numbers(out / "server-state" / f"replica-{replica}")[-1] == 4
