@@ -114,7 +114,7 @@ def run_one_by_one(trunk: Trunk, cohort: list[Rows], gradients: list[Tensor]) ->
     trunk.part.module.train()
     for rows, gradient in zip(cohort, gradients, strict=True):
         hidden = rows.hidden.clone().requires_grad_()
-        output = trunk.part.forward(hidden, rows.lengths)
+        output = trunk.part.forward(hidden.to(trunk.dtype), rows.lengths).float()
         torch.autograd.backward(output, gradient * (rows.target_tokens / total))
     trunk.optimizer.step()
 

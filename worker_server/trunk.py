@@ -12,7 +12,7 @@ forward had: the same gradients on all three ways.
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -93,22 +93,21 @@ class Trunk:
         results: list[Tensor | None] = [None] * len(gradients)
         if not present:
             return results
-        shares = self._shares([kept.rows[place] for place in present])
+        shares = dict(zip(present, self._shares([kept.rows[place] for place in present]), strict=True))
         graphs, kept.graphs = kept.graphs or self._compute_again(kept, present), None
         for graph in graphs:
             scaled = [
                 torch.zeros(kept.rows[place].hidden.shape, device=self.device)
                 if (gradient := gradients[place]) is None
-                else gradient.to(self.device) * shares[present.index(place)]
+                else gradient.to(self.device) * shares[place]
                 for place in graph.places
             ]
-            if graph.output.requires_grad and not set(present).isdisjoint(graph.places):
+            if graph.output.requires_grad and not shares.keys().isdisjoint(graph.places):
                 torch.autograd.backward(graph.output, torch.cat(scaled))
-                self._take_own(kept, graph, present)
+                self._take_own(kept, graph, shares.keys())
             for place, own in zip(graph.places, _input_gradients(kept, graph), strict=True):
-                if place in present and own is not None and kept.rows[place].wants_gradient:
-                    share = shares[present.index(place)]
-                    results[place] = own / share if share else own
+                if place in shares and own is not None and kept.rows[place].wants_gradient:
+                    results[place] = own / shares[place] if shares[place] else own
         self._take(kept)
         return results
 
@@ -248,7 +247,7 @@ class Trunk:
                 parameter.grad = leaf.grad if parameter.grad is None else parameter.grad + leaf.grad
                 leaf.grad = None
 
-    def _take_own(self, kept: Forward, graph: Graph, present: Sequence[int]) -> None:
+    def _take_own(self, kept: Forward, graph: Graph, present: Collection[int]) -> None:
         """Add up the gradient of each present client's adapter, (P,)."""
         if graph.own is None or graph.own.grad is None:
             return
