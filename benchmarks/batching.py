@@ -116,7 +116,7 @@ def run_one_by_one(trunk: Trunk, cohort: list[Rows], gradients: list[Tensor]) ->
         hidden = rows.hidden.clone().requires_grad_()
         output = trunk.part.forward(hidden.to(trunk.dtype), rows.lengths).float()
         torch.autograd.backward(output, gradient * (rows.target_tokens / total))
-    trunk.optimizer.step()
+    trunk.step()
 
 
 def run_each_alone(trunk: Trunk, cohort: list[Rows], gradients: list[Tensor]) -> None:

@@ -74,14 +74,14 @@ def server(
     configure("server", verbose=verbose)
     keep_freed_memory()
     loaded, identity = load_job(job), load_identity(key)
-    from worker_server.server import Server
+    from worker_server.server import Server, leave_arithmetic_to_the_compute_thread
     from worker_server.settings import ServerSettings
 
     settings = ServerSettings(
         broker=broker,
         state=state,
         device=device,
-        threads=threads,
+        threads=leave_arithmetic_to_the_compute_thread(threads),
         replica=replica,
         replicas=replicas,
         rendezvous=rendezvous,

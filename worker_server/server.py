@@ -35,6 +35,17 @@ from worker_server.trunk import Trunk
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def leave_arithmetic_to_the_compute_thread(threads: int | None) -> int:
+    """How many threads the compute thread is to use: `threads`, or torch's choice. For a process that only serves.
+
+    A second team of OpenMP threads, idle in another thread, would make the first one sleep and wake at every product,
+    which costs a third of its speed (libgomp): from here on all other threads compute alone.
+    """
+    threads = threads or torch.get_num_threads()
+    torch.set_num_threads(1)
+    return threads
+
+
 class Server:
     """`run()` loads the trunk, connects and serves one job to its end. A context may be given for inproc addresses."""
 
@@ -70,10 +81,6 @@ class Server:
 
     def run(self) -> None:
         """Raises JobError, ModelError, CheckpointError, ConnectionFailed."""
-        # Arithmetic belongs to the compute thread: a second team of OpenMP threads, idle in this one, would make
-        # the first one sleep and wake at every product, which costs a third of its speed (libgomp).
-        threads = self.settings.threads or torch.get_num_threads()
-        torch.set_num_threads(1)
         checkpoint = Checkpoint(self.job.model_name_or_path)
         plan = SplitPlan(self.job.split.head_blocks, self.job.split.tail_blocks, checkpoint.config.num_hidden_layers)
         dtype, device = DTYPES[self.job.training.trunk_dtype], device_of(self.settings)
@@ -118,7 +125,7 @@ class Server:
                         self.settings.max_streams_per_session,
                     )
                 ),
-                Engine(progress, waker.wake, threads, replicas, shapes),
+                Engine(progress, waker.wake, self.settings.threads, replicas, shapes),
                 connection,
                 waker,
                 Welcome(
