@@ -121,7 +121,7 @@ class Part:
     @staticmethod
     def _packed(lengths: Sequence[int], device: torch.device, caches: Sequence[RowCache] | None) -> dict[str, Any]:
         positions = position_ids(lengths, device, caches)
-        return {"position_ids": positions, "attention_mask": row_mask(lengths, caches), "use_cache": False}
+        return {"position_ids": positions, "attention_mask": row_mask(lengths, device, caches), "use_cache": False}
 
 
 def load_part(

@@ -5,15 +5,18 @@ Padding every row to the longest makes batching slower than serving rows one by 
 restart at 0 give each row its own positions, and `packed_attention`, registered as an attention implementation,
 lets a row attend to itself alone. It learns the row lengths from the attention mask argument, a (1, 1, 1, rows)
 integer tensor: 4-dimensional masks reach every attention layer untouched. Where rows go on from tokens before, their
-caches travel with the mask.
+caches travel with the mask. On CUDA one variable-length kernel attends all rows, where it can; elsewhere each row is a
+call of its own, which costs a CPU little.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nested import nested_tensor_from_jagged
 from transformers import AttentionInterface
 
 from shared.model.kv_cache import RowCache
@@ -30,11 +33,16 @@ def position_ids(
     return torch.tensor([positions], device=device)
 
 
-def row_mask(lengths: Sequence[int], caches: Sequence[RowCache] | None = None) -> Tensor:
-    """(1, 1, 1, rows) int64 on the CPU: the row lengths, in the shape in which masks travel through models."""
+def row_mask(
+    lengths: Sequence[int], device: torch.device | str = "cpu", caches: Sequence[RowCache] | None = None
+) -> Tensor:
+    """(1, 1, 1, rows) int64 on the CPU: the row lengths, in the shape in which masks travel through models.
+
+    With it travel the caches and, made once for all layers, `offsets`, (rows + 1,) int64 on `device`: where rows begin.
+    """
     mask = torch.tensor(list(lengths), dtype=torch.int64).view(1, 1, 1, -1)
-    if caches is not None:
-        mask.caches = caches  # type: ignore[attr-defined]
+    mask.caches = caches  # type: ignore[attr-defined]
+    mask.offsets = torch.tensor(list(accumulate(lengths, initial=0)), device=device)  # type: ignore[attr-defined]
     return mask
 
 
@@ -83,6 +91,36 @@ def attend_row(
     return F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout) @ value
 
 
+def attend_together(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    offsets: Tensor,
+    *,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """All rows, each to itself alone and causally, in one variable-length kernel: CUDA only, as torch has no other.
+
+    query (1, H, T, D), key and value (1, G, T, D), H a multiple of G; to (1, H, T, D). Half precision takes
+    FlashAttention-2 (arXiv 2307.08691), float32 the memory-efficient kernel.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+
+    def nested(x: Tensor) -> Tensor:
+        rows = x[0].transpose(0, 1).contiguous()
+        jagged = nested_tensor_from_jagged(rows, offsets, min_seqlen=min(lengths), max_seqlen=max(lengths))
+        return jagged.transpose(1, 2)
+
+    output = F.scaled_dot_product_attention(
+        nested(query), nested(key), nested(value), is_causal=True, dropout_p=dropout, scale=scaling
+    )
+    return output.transpose(1, 2).values().transpose(0, 1).unsqueeze(0)
+
+
 def packed_attention(
     module: Any,
     query: Tensor,
@@ -97,8 +135,13 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query (1, H, T, D), key and value (1, G, T, D) to output (1, T, H, D)."""
     lengths = attention_mask.flatten().tolist()
+    caches: Sequence[RowCache] | None = attention_mask.caches  # type: ignore[attr-defined]
+    windowed = sliding_window is not None and max(lengths) > sliding_window
+    if query.is_cuda and caches is None and softcap is None and not windowed:
+        offsets: Tensor = attention_mask.offsets  # type: ignore[attr-defined]
+        together = attend_together(query, key, value, lengths, offsets, scaling=scaling, dropout=dropout)
+        return together.transpose(1, 2).contiguous(), None
     rows = list(zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True))
-    caches: Sequence[RowCache] | None = getattr(attention_mask, "caches", None)
     if caches is not None:
         layer = module.layer_idx
         rows = [(q, *cache.append(layer, k, v)) for (q, k, v), cache in zip(rows, caches, strict=True)]
