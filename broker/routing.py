@@ -4,9 +4,9 @@ Rules
 - A worker greets with HELLO and is answered with WELCOME; who has not gets `unknown_peer` for anything else.
 - A server gives its identity and its number among the replicas that share it. If it connects anew, the old connection
   and its sessions end.
-- OPEN pins a session to the client that sent it and the server that it names, of whose replicas the one with the fewest
-  sessions. ACCEPT comes from that server; DATA from either end goes to the other, its frames untouched. A session's
-  messages from anybody else are refused, the session undisturbed (`not_yours`).
+- OPEN pins a session to the client that sent it and the server that it names, of whose replicas, once all are there,
+  the one with the fewest sessions. ACCEPT comes from that server; DATA from either end goes to the other, its frames
+  untouched. A session's messages from anybody else are refused, the session undisturbed (`not_yours`).
 - CLOSE from one end of a session ends it and goes to the other; CLOSE without a session ends the connection.
 - A worker silent for `timeout_s` is gone: the other ends of its sessions are told.
 - What breaks a rule is answered with CLOSE, counted, and changes nothing.
@@ -60,6 +60,7 @@ class Connected:
     heard: float
     identity: bytes | None = None
     replica: int = 0
+    replicas: int = 1
     sessions: set[bytes] = field(default_factory=set)
 
 
@@ -155,7 +156,7 @@ class Router:
             before = self.servers.get(hello.identity, {}).get(hello.replica)
             sends += [] if before is None else self.lost(before)
             self.servers.setdefault(hello.identity, {})[hello.replica] = peer
-        self.peers[peer] = Connected(now, hello.identity, hello.replica)
+        self.peers[peer] = Connected(now, hello.identity, hello.replica, hello.replicas)
         welcome = Welcome(
             version=PROTOCOL_VERSION, heartbeat_s=self.settings.heartbeat_s, timeout_s=self.settings.timeout_s
         )
@@ -169,6 +170,10 @@ class Router:
         replicas = self.servers.get(header.server)
         if replicas is None:
             return [self._refuse(peer, header.session, "no_such_server", "the server is not connected to this broker")]
+        expected = max(self.peers[replica].replicas for replica in replicas.values())
+        if len(replicas) < expected:  # sessions stay where they are: the first replica would get them all
+            text = f"{len(replicas)} of the server's {expected} replicas are connected to this broker"
+            return [self._refuse(peer, header.session, "no_such_server", text)]
         mine = self.peers[peer].sessions
         if len(mine) >= self.settings.max_sessions_per_client:
             return [self._refuse(peer, header.session, "too_many_sessions", "this client has too many sessions open")]

@@ -4,8 +4,9 @@
 spread over the replicas, and what FedAvg does with clients it does with replicas too, weighted by their clients'
 weights. Optimizer moments stay where they are.
 
-Collectives run on the compute thread. A replica that ends a round says so in the group's store first, so that one
-without clients, which ends no rounds of its own, joins in with weight 0 and holds nobody up.
+Collectives run on the compute thread. Beside them the replicas leave notes in the group's store: that one has its
+clients, for the first round begins when all have; and that one ends a round, so that a replica whose clients are gone,
+which ends no rounds of its own, joins in with weight 0 and holds nobody up.
 """
 
 import os
@@ -82,18 +83,19 @@ class Replicas:
         self.timeout_s = timeout_s
         timeout = timedelta(seconds=timeout_s)
         try:
+            # torchrun keeps its store when it starts the servers again: nothing said before counts.
+            attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
             store = TCPStore(place.host, place.port, None, place.hosts_store, timeout, wait_for_workers=False)
             dist.init_process_group(
                 "nccl" if self.device != "cpu" else "gloo",
-                store=PrefixStore("group", store),
+                store=PrefixStore(f"{attempt}/group", store),
                 rank=place.replica,
                 world_size=place.replicas,
                 timeout=timeout,
             )
             # Another connection for the socket thread: the first may be blocked in a collective.
-            self.notes = TCPStore(
-                place.host, place.port, None, False, timedelta(seconds=STORE_S), wait_for_workers=False
-            )
+            notes = TCPStore(place.host, place.port, None, False, timedelta(seconds=STORE_S), wait_for_workers=False)
+            self.notes = PrefixStore(attempt, notes)
         except (RuntimeError, ValueError) as error:
             raise self._gone("were not all there", error) from None
 
@@ -121,6 +123,15 @@ class Replicas:
             name: piece.view(value.shape).to(value.device, torch.float32)
             for (name, value), piece in zip(values.items(), pieces, strict=True)
         }
+
+    def announce_clients(self) -> None:
+        """Say that this replica has its clients."""
+        self._note(lambda: self.notes.set(f"clients/{self.place.replica}", "1"))
+
+    def all_have_clients(self) -> bool:
+        """Whether every replica has said so. Does not wait."""
+        keys = [f"clients/{number}" for number in range(self.place.replicas)]
+        return bool(self._note(lambda: self.notes.check(keys)))
 
     def announce_end(self, round: int) -> None:
         """Say that this replica is about to average `round`."""

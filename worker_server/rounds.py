@@ -36,7 +36,8 @@ Stage = Literal["waiting", "training", "undoing", "aggregating", "finished"]
 class Plan:
     """What the job says about rounds. `places`: how many clients may take part at most, None for any number.
 
-    `micro_batches` a step, of which a client may have `in_flight` under way; `patience_s` is greedy's.
+    `replicated`: this is one of several servers, none of which begins before all have their clients. `micro_batches` a
+    step, of which a client may have `in_flight` under way; `patience_s` is greedy's.
     """
 
     clients: int
@@ -44,6 +45,7 @@ class Plan:
     local_steps: int
     deadline_s: float
     places: int | None = None
+    replicated: bool = False
     micro_batches: int = 1
     in_flight: int = 1
     patience_s: float = 1.0
@@ -58,6 +60,7 @@ class Rounds(ABC):
         self.round = round
         self.stage: Stage = "finished" if round >= plan.rounds else "waiting"
         self.started = False
+        self.held = plan.replicated
         self.lobby: dict[bytes, Ticket] = {}
         self.active: dict[bytes, str] = {}
         self.updates: dict[bytes, Ticket] = {}
@@ -133,6 +136,16 @@ class Rounds(ABC):
         """The session has ended."""
         self.lobby.pop(session, None)
         return self._drop([session], now)
+
+    @property
+    def has_its_clients(self) -> bool:
+        """Whether it has begun, or could."""
+        return self.started or len(self.lobby) >= self.plan.clients
+
+    def all_have_their_clients(self) -> list[Instruction]:
+        """Every replica may begin."""
+        self.held = False
+        return self._begin_round() if self.stage == "waiting" else []
 
     def ended_elsewhere(self) -> list[Instruction]:
         """Another replica ends this round; here nobody trains it: join in without an update."""
@@ -223,7 +236,7 @@ class Rounds(ABC):
         return [*undo, *self._begin_round()]
 
     def _begin_round(self) -> list[Instruction]:
-        if len(self.lobby) < (1 if self.started else self.plan.clients):
+        if not self.lobby or self.held or not self.has_its_clients:
             return []
         self.started = True
         answers = in_order(self.lobby.values())

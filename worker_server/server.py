@@ -104,7 +104,12 @@ class Server:
             self._replicas(place, progress) as replicas,
             closing(Waker()) as waker,
             BrokerConnection(
-                self.context, self.settings.broker, "server", name, 0 if place is None else place.replica
+                self.context,
+                self.settings.broker,
+                "server",
+                name,
+                0 if place is None else place.replica,
+                1 if place is None else place.replicas,
             ) as connection,
         ):
             self.service = Service(
@@ -167,6 +172,7 @@ def make_rounds(job: Job, round: int, place: Place | None = None) -> Rounds:
         rounds=job.rounds.count,
         local_steps=job.rounds.local_steps,
         deadline_s=job.cohort.deadline_s,
+        replicated=place is not None,
         places=job.cohort.clients if job.cohort.adapters == "per_client" else None,
         micro_batches=job.training.gradient_accumulation_steps,
         in_flight=job.cohort.in_flight,

@@ -127,8 +127,8 @@ class Service:
         for outcome in self.engine.collect():
             self._deliver(outcome, now)
         self._carry_out(self.rounds.tick(now))
-        if self.replicas is not None and self.rounds.stage == "waiting" and self.replicas.ending(self.rounds.round):
-            self._carry_out(self.rounds.ended_elsewhere())
+        if self.replicas is not None:
+            self._heed(self.replicas)
         for session in self.sessions.silent(now - self.settings.silent_session_s):
             self._end(session.id, "silent", "no record came after the handshake", now)
         self.connection.tick(now)
@@ -137,6 +137,16 @@ class Service:
         deadline = self.rounds.deadline()
         wait = POLL_S if deadline is None else min(POLL_S, max(0.0, deadline - now))
         return int(wait * 1000) + 1
+
+    def _heed(self, replicas: Replicas) -> None:
+        """What the other replicas have noted, and what this one has to note."""
+        rounds = self.rounds
+        if rounds.held and rounds.has_its_clients:
+            replicas.announce_clients()
+            if replicas.all_have_clients():
+                self._carry_out(rounds.all_have_their_clients())
+        if rounds.stage == "waiting" and replicas.ending(rounds.round):
+            self._carry_out(rounds.ended_elsewhere())
 
     def _all_done(self, now: float) -> bool:
         """The job is finished and every client has left, or has had its time to."""

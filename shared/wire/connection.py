@@ -35,11 +35,13 @@ class BrokerConnection:
         role: Literal["client", "server"],
         identity: bytes | None = None,
         replica: int = 0,
+        replicas: int = 1,
     ) -> None:
         self.address = address
         self.role = role
         self.identity = identity
         self.replica = replica
+        self.replicas = replicas
         self.socket = context.socket(zmq.DEALER)
         self.heartbeat: Heartbeat | None = None
         self.bytes_sent = 0
@@ -124,7 +126,13 @@ class BrokerConnection:
         self.send(pack(Close(code="leaving", message="the worker leaves")))
 
     def _greet(self) -> None:
-        hello = Hello(version=PROTOCOL_VERSION, role=self.role, identity=self.identity, replica=self.replica)
+        hello = Hello(
+            version=PROTOCOL_VERSION,
+            role=self.role,
+            identity=self.identity,
+            replica=self.replica,
+            replicas=self.replicas,
+        )
         self.socket.send_multipart(pack(hello).frames())
 
     def _welcomed(self, welcome: Welcome) -> None:

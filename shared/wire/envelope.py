@@ -13,10 +13,10 @@ sequence number is found out. docs/protocol.md is the authoritative description.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shared.errors import EnvelopeError, FrameError
 
@@ -52,12 +52,19 @@ class Header(BaseModel):
 
 
 class Hello(Header):
-    """A worker's first message. A server says its identity: clients name it in OPEN. Replicas share one; they count."""
+    """A worker's first message. A server says its identity, which clients name; replicas share one, by number."""
 
     version: int
     role: Literal["client", "server"]
     identity: Digest | None = None
     replica: Annotated[int, Field(ge=0, lt=4096)] = 0
+    replicas: Annotated[int, Field(ge=1, le=4096)] = 1
+
+    @model_validator(mode="after")
+    def _counted_from_zero(self) -> Self:
+        if self.replica >= self.replicas:
+            raise ValueError("replica counts from 0 to replicas - 1")
+        return self
 
 
 class Welcome(Header):

@@ -42,7 +42,14 @@ greetings = st.one_of(
     st.builds(
         Says,
         st.sampled_from(SERVERS),
-        st.builds(Hello, version=st.just(1), role=st.just("server"), identity=identities, replica=st.integers(0, 1)),
+        st.builds(
+            Hello,
+            version=st.just(1),
+            role=st.just("server"),
+            identity=identities,
+            replica=st.integers(0, 1),
+            replicas=st.just(2),
+        ),
     ),
 )
 headers = st.one_of(

@@ -120,7 +120,7 @@ def replicated(count: int) -> tuple[Router, list[Peer]]:
     router = Router(BrokerSettings())
     replicas = [Peer("server", b"s%d" % number) for number in range(count)]
     for number, peer in enumerate(replicas):
-        hello = Hello(version=PROTOCOL_VERSION, role="server", identity=IDENTITY, replica=number)
+        hello = Hello(version=PROTOCOL_VERSION, role="server", identity=IDENTITY, replica=number, replicas=count)
         router.handle(peer, frames(hello), 0)
     router.handle(CLIENT, frames(Hello(version=PROTOCOL_VERSION, role="client")), 0)
     return router, replicas
@@ -137,20 +137,23 @@ def test_sessions_go_to_the_replica_with_the_fewest_and_stay_there() -> None:
     assert data.to == third
 
 
-def test_a_replica_replaces_itself_alone_and_the_others_carry_on_without_it() -> None:
+def test_a_replica_replaces_itself_alone_and_new_sessions_wait_until_all_are_there() -> None:
     router, (first, _) = replicated(2)
     router.handle(CLIENT, opening(b"x" * 16), 0)
     router.handle(CLIENT, opening(b"y" * 16), 0)
     again = Peer("server", b"again")
-    hello = Hello(version=PROTOCOL_VERSION, role="server", identity=IDENTITY, replica=1)
+    hello = Hello(version=PROTOCOL_VERSION, role="server", identity=IDENTITY, replica=1, replicas=2)
     sends = router.handle(again, frames(hello), 0)
     assert code(sends[:1]) == "server_gone"
     assert router.servers == {IDENTITY: {0: first, 1: again}}
     assert list(router.sessions) == [b"x" * 16]
-    router.lost(first)
-    assert router.handle(CLIENT, opening(b"z" * 16), 0)[0].to == again
     router.lost(again)
-    assert code(router.handle(CLIENT, opening(b"w" * 16), 0)) == "no_such_server"
+    refused = router.handle(CLIENT, opening(b"z" * 16), 0)
+    assert code(refused) == "no_such_server"
+    assert "1 of the server's 2 replicas" in refused[0].envelope.header.message  # type: ignore[attr-defined]
+    assert list(router.sessions) == [b"x" * 16]
+    router.handle(again, frames(hello), 0)
+    assert router.handle(CLIENT, opening(b"z" * 16), 0)[0].to == again
 
 
 def test_a_server_that_connects_anew_replaces_its_old_connection() -> None:

@@ -13,8 +13,8 @@ if not keep_freed_memory():
     sys.exit(42)
 def step():
     kept = [torch.ones(2**22) for _ in range(8)]  # 16 MB each
-step()
-step()
+for _ in range(4):
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -26,4 +26,4 @@ def test_memory_that_was_freed_is_taken_again_without_asking_the_kernel() -> Non
     if done.returncode == 42:
         pytest.skip("not glibc: its allocator is left alone")
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 1000  # of 32,768 pages
+    assert int(done.stdout) <= 8192  # of 32,768 pages: where the heap begins, a block or two may not fit

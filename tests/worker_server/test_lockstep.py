@@ -215,6 +215,19 @@ def test_a_resumed_job_goes_on_at_its_round_and_waits_for_all_clients() -> None:
     assert lockstep.joined(ticket(B), 0) == [StartRound(3, (ticket(A), ticket(B)))]
 
 
+def test_a_replica_begins_when_all_have_their_clients() -> None:
+    lockstep = Lockstep(Plan(clients=2, rounds=5, local_steps=1, deadline_s=1, replicated=True))
+    lockstep.joined(ticket(A), 0)
+    had = lockstep.has_its_clients
+    assert lockstep.joined(ticket(B), 0) == []
+    assert (had, lockstep.has_its_clients) == (False, True)
+    assert lockstep.all_have_their_clients() == [StartRound(0, (ticket(A), ticket(B)))]
+    assert lockstep.all_have_their_clients() == []
+    lockstep.left(A, 0)
+    lockstep.left(B, 0)
+    assert lockstep.joined(ticket(C), 0) == [StartRound(0, (ticket(C),))]  # begun once, it waits no more
+
+
 def test_a_round_that_ends_at_another_replica_is_joined_by_one_that_has_no_members() -> None:
     lockstep = machine()
     assert lockstep.ended_elsewhere() == [Aggregate(0, ())]

@@ -40,6 +40,15 @@ def notes(replicas: Replicas) -> Any:
     return (before if replicas.place.replica == 0 else None), replicas.ending(7), replicas.ending(8)
 
 
+def clients(replicas: Replicas) -> Any:
+    """Each hears when both have their clients."""
+    before = replicas.all_have_clients() if replicas.place.replica == 0 else None
+    replicas.earliest(0)
+    replicas.announce_clients()
+    replicas.earliest(0)
+    return before, replicas.all_have_clients()
+
+
 def dies(replicas: Replicas) -> Any:
     if replicas.place.replica == 1:
         return None
@@ -84,6 +93,10 @@ def test_means_are_weighted_and_the_same_on_all() -> None:
 
 def test_the_end_of_a_round_is_heard_without_waiting() -> None:
     assert run(notes) == {0: (False, True, False), 1: (None, True, False)}
+
+
+def test_that_all_have_their_clients_is_heard_without_waiting() -> None:
+    assert run(clients) == {0: (False, True), 1: (None, True)}
 
 
 def test_a_replica_that_is_gone_is_said_with_what_to_do() -> None:
