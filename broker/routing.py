@@ -2,6 +2,8 @@
 
 Rules
 - A worker greets with HELLO and is answered with WELCOME; who has not gets `unknown_peer` for anything else.
+- Behind a guarded door every message comes with the guest who sent it: a connection belongs to one guest for good, and
+  a server to the one whose key it names (`not_admitted`). Without guests the door is plain.
 - A server gives its identity and its number among the replicas that share it. If it connects anew, the old connection
   and its sessions end.
 - OPEN pins a session to the client that sent it and the server that it names, of whose replicas, once all are there,
@@ -15,8 +17,8 @@ Rules
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
+from broker.guard import Guest, Side
 from broker.settings import BrokerSettings
 from shared import PROTOCOL_VERSION
 from shared.errors import EnvelopeError, FrameError
@@ -35,8 +37,6 @@ from shared.wire.envelope import (
     pack,
     parse,
 )
-
-Side = Literal["client", "server"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Connected:
     identity: bytes | None = None
     replica: int = 0
     replicas: int = 1
+    guest: Guest | None = None
     sessions: set[bytes] = field(default_factory=set)
 
 
@@ -83,17 +84,17 @@ class Router:
         self.sessions: dict[bytes, Session] = {}
         self.counters: Counter[str] = Counter()
 
-    def handle(self, peer: Peer, frames: Sequence[Frame], now: float) -> list[Send]:
-        """What to send because of this message."""
+    def handle(self, peer: Peer, frames: Sequence[Frame], now: float, guest: Guest | None = None) -> list[Send]:
+        """What to send because of this message, of `guest` behind a guarded door."""
         try:
             envelope = parse(frames)
         except (FrameError, EnvelopeError) as error:
             return [self._refuse(peer, None, error.code, error.message)]
         header = envelope.header
         if isinstance(header, Hello):
-            return self._hello(peer, header, now)
+            return self._hello(peer, header, now, guest)
         known = self.peers.get(peer)
-        if known is None:
+        if known is None or known.guest != guest:
             return [self._refuse(peer, None, "unknown_peer", "say HELLO first")]
         known.heard = now
         if isinstance(header, Ping):
@@ -109,11 +110,7 @@ class Router:
     def tick(self, now: float) -> list[Send]:
         """End the connections of those who have been silent too long."""
         silent = [p for p, known in self.peers.items() if now - known.heard > self.settings.timeout_s]
-        return [
-            send
-            for peer in silent
-            for send in [*self.lost(peer), self._refuse(peer, None, "timed_out", "silent for too long")]
-        ]
+        return [send for peer in silent for send in self.expel(peer, "timed_out", "silent for too long")]
 
     def lost(self, peer: Peer) -> list[Send]:
         """A peer is gone: forget it and tell the other ends of its sessions."""
@@ -133,6 +130,10 @@ class Router:
             sends.append(_closing(other, session_id, code, f"the {peer.side} is gone"))
         return sends
 
+    def expel(self, peer: Peer, code: str, reason: str) -> list[Send]:
+        """End a peer's connection and say why."""
+        return [*self.lost(peer), self._refuse(peer, None, code, reason)]
+
     def undeliverable(self, send: Send) -> list[Send]:
         """A peer's queue is full: end the session concerned, and tell the one who sent. Nobody else waits."""
         session_id = getattr(send.envelope.header, "session", None)
@@ -143,20 +144,28 @@ class Router:
         self._end(session_id)
         return [_closing(session.other(send.to), session_id, "peer_too_slow", "the other end does not keep up")]
 
-    def _hello(self, peer: Peer, hello: Hello, now: float) -> list[Send]:
+    def _hello(self, peer: Peer, hello: Hello, now: float, guest: Guest | None) -> list[Send]:
         if hello.version != PROTOCOL_VERSION:
             text = f"this broker speaks protocol {PROTOCOL_VERSION}, the worker {hello.version}"
             return [self._refuse(peer, None, "version", text)]
         if hello.role != peer.side or (hello.role == "server") != (hello.identity is not None):
             return [self._refuse(peer, None, "wrong_side", f"a {hello.role} on the {peer.side}s' address")]
-        if peer not in self.peers and len(self.peers) >= self.settings.max_peers:
+        if guest is not None and hello.identity not in (None, guest.identity):
+            return [self._refuse(peer, None, "not_admitted", "a server greets with another identity than its own")]
+        known = self.peers.get(peer)
+        if known is None and len(self.peers) >= self.settings.max_peers:
             return [self._refuse(peer, None, "too_many_peers", "no room for another connection")]
+        if known is not None and known.guest != guest:
+            return [self._refuse(peer, None, "not_admitted", "this connection is somebody else's")]
+        mine = sum(other.guest == guest for other in self.peers.values()) if guest is not None and known is None else 0
+        if mine >= self.settings.max_connections_per_worker:
+            return [self._refuse(peer, None, "too_many_peers", "this worker has too many connections")]
         sends = self.lost(peer) if peer in self.peers else []
         if hello.identity is not None:
             before = self.servers.get(hello.identity, {}).get(hello.replica)
             sends += [] if before is None else self.lost(before)
             self.servers.setdefault(hello.identity, {})[hello.replica] = peer
-        self.peers[peer] = Connected(now, hello.identity, hello.replica, hello.replicas)
+        self.peers[peer] = Connected(now, hello.identity, hello.replica, hello.replicas, guest)
         welcome = Welcome(
             version=PROTOCOL_VERSION, heartbeat_s=self.settings.heartbeat_s, timeout_s=self.settings.timeout_s
         )

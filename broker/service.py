@@ -2,30 +2,62 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from types import TracebackType
+from typing import NamedTuple
 
 import zmq
+from zmq.auth.thread import ThreadAuthenticator
 
-from broker.routing import Peer, Router, Send, Side
+from broker.guard import SIDES, Guard, Guest, Guests, Side
+from broker.routing import Peer, Router, Send
 from broker.settings import BrokerSettings
-from shared.errors import ConnectionFailed
+from broker.throttle import Rate, Throttle
+from shared.errors import ConnectionFailed, FlglmError
 from shared.logs import event
+from shared.wire.curve import check_plain, use_as_broker
 from shared.wire.envelope import Close, pack
 from shared.wire.waker import Waker
 
 MAX_MESSAGES_A_TURN = 256
 LINGER_MS = 500
+HANDSHAKE_MS = 10_000
 # A signal that comes just before the wait does not interrupt it: its handler, and so `stop()`, runs after the wait.
 MAX_WAIT_S = 0.2
+# How often the allow lists are looked at: whoever is revoked is out after this long.
+GUESTS_S = 0.25
+# How long messages that are over a worker's rate wait between two looks.
+HELD_S = 0.01
 
 logger = logging.getLogger(__name__)
 
 
-class Broker:
-    """Entering binds both sockets (`frontend`, `backend`: the bound addresses), `run()` routes until `stop()`."""
+class Received(NamedTuple):
+    """A message that came, and who sent it."""
 
-    def __init__(self, settings: BrokerSettings, context: "zmq.Context[zmq.Socket[bytes]] | None" = None) -> None:
+    peer: Peer
+    frames: list[memoryview]
+    guest: Guest | None
+
+
+class Broker:
+    """Entering binds both sockets (`frontend`, `backend`: the bound addresses), `run()` routes until `stop()`.
+
+    Without a `guard` links are plain, and only on this machine.
+    """
+
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        context: "zmq.Context[zmq.Socket[bytes]] | None" = None,
+        guard: Guard | None = None,
+    ) -> None:
         self.settings = settings
+        self.guard = guard
+        self.guests: dict[Side, Guests] = {}
+        self.authenticator: ThreadAuthenticator | None = None
+        rate = Rate(settings.max_messages_per_s, settings.max_bytes_per_s, settings.max_waiting)
+        self.throttle: Throttle[Received] = Throttle(rate)
         self.context = context or zmq.Context.instance()
         self.router = Router(settings)
         self.waker = Waker()
@@ -35,11 +67,14 @@ class Broker:
         self._stopping = False
 
     def __enter__(self) -> "Broker":
-        """Raises ConnectionFailed if an address cannot be bound."""
+        """Raises ConnectionFailed if an address cannot be bound, UsageError if a plain one is not local."""
+        if self.guard is not None:
+            self.guests = self.guard.guests()
+            self.authenticator = self.guard.authenticator(self.context)
         try:
             self.frontend = self._bind("client", self.settings.frontend)
             self.backend = self._bind("server", self.settings.backend)
-        except ConnectionFailed:
+        except FlglmError:
             self._close()
             raise
         event(logger, "broker_ready", clients=self.frontend, servers=self.backend)
@@ -62,16 +97,24 @@ class Broker:
             poller.register(socket, zmq.POLLIN)
         poller.register(self.waker.reader, zmq.POLLIN)
         tick_s = min(self.settings.heartbeat_s, self.settings.timeout_s / 4)
-        next_tick = time.monotonic() + tick_s
+        next_tick = next_look = time.monotonic()
         while not self._stopping:
-            wait_s = min(MAX_WAIT_S, max(0.0, next_tick - time.monotonic()))
+            wait_s = min(HELD_S if self.throttle.holds else MAX_WAIT_S, max(0.0, next_tick - time.monotonic()))
             poller.poll(int(wait_s * 1000) + 1)
             self.waker.drain()
             for side in self.sockets:
                 self._receive(side)
-            if time.monotonic() >= next_tick:
-                self._send(self.router.tick(time.monotonic()))
-                next_tick = time.monotonic() + tick_s
+            now = time.monotonic()
+            for received in self.throttle.due(now):
+                self._handle(received, now)
+            if now >= next_look:
+                self._look_at_guests()
+                next_look = now + GUESTS_S
+            if now >= next_tick:
+                self._send(self.router.tick(now))
+                workers = {known.guest or peer for peer, known in self.router.peers.items()}
+                self.throttle.forget(workers.__contains__)
+                next_tick = now + tick_s
         farewell = pack(Close(code="broker_stopping", message="the broker stops"))
         self._send([Send(peer, farewell) for peer in self.router.peers])
         event(logger, "broker_stopped", **{key: int(value) for key, value in sorted(self.router.counters.items())})
@@ -85,7 +128,40 @@ class Broker:
             except zmq.Again:
                 return
             peer = Peer(side, routing_id.bytes)
-            self._send(self.router.handle(peer, [frame.buffer for frame in frames], time.monotonic()))
+            guest = None if self.guard is None else self._guest(side, frames)
+            now = time.monotonic()
+            if self.guard is not None and guest is None:
+                self._send(self.router.expel(peer, "not_admitted", "this key is not admitted here (any more)"))
+                continue
+            received = Received(peer, [frame.buffer for frame in frames], guest)
+            passes = self.throttle.take(guest or peer, sum(frame.nbytes for frame in received.frames), received, now)
+            if passes:
+                self._handle(received, now)
+            elif passes is None:
+                self._send(self.router.expel(peer, "too_fast", "too many messages wait for this worker's rate"))
+
+    def _handle(self, received: "Received", now: float) -> None:
+        self._send(self.router.handle(received.peer, received.frames, now, received.guest))
+
+    def _guest(self, side: Side, frames: Sequence[zmq.Frame]) -> Guest | None:
+        """Who sent this message: ZeroMQ notes the key of the connection on each."""
+        user = frames[0].get("User-Id") if frames else ""
+        guest = self.guests[side].get(str(user))
+        if guest is None:  # admitted a moment ago, perhaps
+            assert self.guard is not None
+            self.guests = self.guard.guests()
+            guest = self.guests[side].get(str(user))
+        return guest
+
+    def _look_at_guests(self) -> None:
+        """Put out who has been taken off the lists."""
+        if self.guard is None:
+            return
+        self.guests = self.guard.guests()
+        admitted = {side: set(self.guests[side].values()) for side in SIDES}
+        for peer, known in list(self.router.peers.items()):
+            if known.guest not in admitted[peer.side]:
+                self._send(self.router.expel(peer, "revoked", "the admission was taken back"))
 
     def _send(self, sends: list[Send]) -> None:
         while sends:
@@ -109,6 +185,11 @@ class Broker:
         socket = self.context.socket(zmq.ROUTER)
         self.sockets[side] = socket
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        if self.guard is None:
+            check_plain(address)
+        else:
+            use_as_broker(socket, self.guard.keys, side)
         socket.setsockopt(zmq.LINGER, LINGER_MS)
         socket.setsockopt(zmq.MAXMSGSIZE, self.settings.max_frame_bytes)
         socket.setsockopt(zmq.SNDHWM, self.settings.high_water_mark)
@@ -126,4 +207,6 @@ class Broker:
         for socket in self.sockets.values():
             socket.close()
         self.sockets = {}
+        if self.authenticator is not None:
+            self.authenticator.stop()
         self.waker.close()

@@ -26,6 +26,14 @@ class BrokerSettings(BaseModel):
     """Connected workers, clients and servers together."""
     max_sessions_per_client: Positive = 16
     """Open sessions of one client connection."""
+    max_connections_per_worker: Positive = 16
+    """Connections of one admitted client or server."""
+    max_messages_per_s: Seconds = 20_000.0
+    """What one worker may send; what is more waits."""
+    max_bytes_per_s: Seconds = 2.0**31
+    """The same, in bytes."""
+    max_waiting: Positive = 256
+    """Messages of one worker that may wait before it loses its connection."""
     max_frame_bytes: Positive = 2**31
     """Larger frames end the connection that sent them."""
     high_water_mark: Positive = 1000

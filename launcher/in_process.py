@@ -21,6 +21,7 @@ from shared.errors import DeadlineExceeded
 from shared.identity import Identity, generate_identity
 from shared.job import Job
 from shared.model.checkpoint import Checkpoint
+from shared.wire.curve import Door
 from worker_client.data import Row
 from worker_client.head_tail import HeadTail, load_client_parts
 from worker_client.link import Link
@@ -88,7 +89,8 @@ class Serving:
 
     def link(self, name: str) -> Link:
         """A link for the admitted client `name`, not yet entered."""
-        return Link(CLIENTS, self.clients[name].private, self.server.public, self.job.digest(), context=self.context)
+        door = Door(CLIENTS)
+        return Link(door, self.clients[name], self.server.public, self.job.digest(), context=self.context)
 
 
 @contextmanager
@@ -101,13 +103,13 @@ def serving(
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     identities = {name: generate_identity(name) for name in names}
-    admitted = {identity.public: name for name, identity in identities.items()}
+    admitted: Mapping[bytes, str] = {identity.public: name for name, identity in identities.items()}
     with Broker(BrokerSettings(frontend=CLIENTS, backend=SERVERS), context) as broker:
         broker.router = router or broker.router
         routing = Background("broker", broker.run)
         identity = generate_identity("server")
-        settings = ServerSettings(broker=SERVERS, state=folder / "server-state", **server_settings)
-        server = Server(settings, job, identity, admitted.get, context)
+        settings = ServerSettings(brokers=(Door(SERVERS),), state=folder / "server-state", **server_settings)
+        server = Server(settings, job, identity, lambda: admitted, context)
         service = Background("server", server.run)
         try:
             yield Serving(context, job, identity, identities, service, server, broker)

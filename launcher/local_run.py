@@ -12,8 +12,10 @@ from typing import Any
 import yaml
 
 from launcher.cluster import Cluster, Role
+from shared.allow_list import admit
 from shared.errors import DeadlineExceeded, JobError
-from shared.identity import Invitation, admit, create_identity, load_card, write_invitation
+from shared.identity import create_identity, load_card
+from shared.invitations import BrokerAt, Invitation, new_id, write_invitation
 from shared.job import Job, load_job
 
 READY_S = 120.0
@@ -67,22 +69,23 @@ def train_together(
     *,
     server_threads: int = 1,
     replicas: int = 1,
+    plain: bool = False,
     through: Callable[[str], str] | None = None,
 ) -> LocalRun:
     """Run broker, server and one client a site to the job's end, all files under `out`; there again, it resumes.
 
     Clients compute with one thread each, servers with `server_threads`; `replicas` of them share the clients. `watch`
-    gets each client's events as they come. `through`: given the broker's address, where clients connect instead (a
-    proxy). Raises JobError if `out` holds another job's run, RoleFailed with the words of a process that failed,
-    DeadlineExceeded if nothing moves.
+    gets each client's events as they come. `plain`: links without CURVE, on loopback. `through`: given the broker's
+    address, where clients connect instead (a proxy). Raises JobError if `out` holds another job's run, RoleFailed with
+    the words of a process that failed, DeadlineExceeded if nothing moves.
     """
     prepare(job, sites, out)
     began = time.monotonic()
     with Cluster(out / "logs", THREADS) as cluster:
-        addresses = start_broker(cluster)
-        start_servers(cluster, out, addresses["servers"], server_threads, replicas)
+        addresses = start_broker(cluster, out, plain)
+        start_servers(cluster, out, addresses["servers"], server_threads, replicas, plain)
         reached = addresses["clients"] if through is None else through(addresses["clients"])
-        clients = [start_client(cluster, out, job, site, reached) for site in sites]
+        clients = [start_client(cluster, out, job, site, reached, plain) for site in sites]
         with (out / EVENTS).open("a") as kept:
 
             def seen(name: str, event: dict[str, Any]) -> None:
@@ -122,27 +125,33 @@ def prepare(job: Job, sites: list[Site], out: Path) -> None:
         raise JobError(f"{out} holds an unfinished run with other settings", hint=f"remove {out}, or name another")
     path.write_text(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False))
     keys = out / "keys"
-    for name in ("server", *(site.name for site in sites)):
+    for name in ("broker", "server", *(site.name for site in sites)):
         if not (keys / f"{name}.card").exists():
             create_identity(keys, name)
+    now = datetime.now(UTC)
     for site in sites:
-        if not (out / "clients" / f"{site.name}.card").exists():
-            admit(keys / f"{site.name}.card", out / "clients")
+        admit(keys / f"{site.name}.card", out / "clients", now)
+    admit(keys / "server.card", out / "servers", now)
 
 
-def start_broker(cluster: Cluster) -> dict[str, Any]:
+def start_broker(cluster: Cluster, out: Path, plain: bool = False) -> dict[str, Any]:
     """A broker on free ports; its `clients` and `servers` addresses."""
     anywhere = "tcp://127.0.0.1:*"
-    broker = cluster.start("broker", "broker", ["broker", "--clients-address", anywhere, "--servers-address", anywhere])
-    return cluster.wait_for(broker, "ready", READY_S)
+    arguments = ["broker", "--clients-address", anywhere, "--servers-address", anywhere]
+    arguments += ["--plain"] if plain else [
+        "--key", str(out / "keys" / "broker.key"), "--clients", str(out / "clients"), "--servers", str(out / "servers"),
+    ]  # fmt: skip
+    return cluster.wait_for(cluster.start("broker", "broker", arguments), "ready", READY_S)
 
 
-def start_servers(cluster: Cluster, out: Path, broker: str, threads: int, replicas: int = 1) -> list[Role]:
+def start_servers(
+    cluster: Cluster, out: Path, broker: str, threads: int, replicas: int = 1, plain: bool = False
+) -> list[Role]:
     """The server, or its replicas, which meet at a free port."""
     arguments = [
         "server", "--job", str(out / "job.yaml"), "--key", str(out / "keys" / "server.key"),
         "--clients", str(out / "clients"), "--broker", broker, "--state", str(out / "server-state"),
-        "--threads", str(threads),
+        "--threads", str(threads), *(["--plain"] if plain else ["--broker-card", str(out / "keys" / "broker.card")]),
     ]  # fmt: skip
     if replicas == 1:
         return [cluster.start("server", "server", arguments)]
@@ -155,9 +164,9 @@ def start_servers(cluster: Cluster, out: Path, broker: str, threads: int, replic
     ]
 
 
-def start_client(cluster: Cluster, out: Path, job: Job, site: Site, broker: str) -> Role:
+def start_client(cluster: Cluster, out: Path, job: Job, site: Site, broker: str, plain: bool = False) -> Role:
     arguments = [
-        "client", "train", "--invite", str(_invite(out, job, site, broker)),
+        "client", "train", "--invite", str(_invite(out, job, site, broker, plain)),
         "--key", str(out / "keys" / f"{site.name}.key"), "--data", str(site.train),
         "--out", str(out / "results" / site.name), "--threads", "1",
         "--validation-fraction", str(VALIDATION_FRACTION), "--connect-timeout", str(READY_S),
@@ -167,19 +176,21 @@ def start_client(cluster: Cluster, out: Path, job: Job, site: Site, broker: str)
     return cluster.start("client", site.name, arguments)
 
 
-def _invite(out: Path, job: Job, site: Site, broker: str) -> Path:
+def _invite(out: Path, job: Job, site: Site, broker: str, plain: bool) -> Path:
     card = load_card(out / "keys" / "server.card")
     path = out / "keys" / f"{site.name}.invite"
     path.unlink(missing_ok=True)
+    key = None if plain else load_card(out / "keys" / "broker.card").link_key
     invitation = Invitation(
+        id=new_id(),
         client=site.name,
-        brokers=[broker],
+        brokers=[BrokerAt(address=broker, key=key)],
         server=card.name,
         server_public_key=card.public_key,
         job=job.digest().hex(),
         expires_at=datetime.now(UTC) + timedelta(days=1),
     )
-    write_invitation(path, invitation)
+    write_invitation(path, invitation, out / "clients")
     return path
 
 

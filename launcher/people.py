@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from launcher.output import Format, FormatOption, succeed
-from shared.identity import Invitation, admit, create_identity, fingerprint, load_card, revoke, write_invitation
+from shared.allow_list import admit, revoke
+from shared.errors import UsageError
+from shared.identity import Identity, create_identity, fingerprint, load_card
+from shared.invitations import BrokerAt, Invitation, load_invitation, new_id, write_invitation
 from shared.job import load_job
 
 ClientsOption = Annotated[Path, typer.Option("--clients", help="folder with the cards of admitted clients")]
@@ -19,8 +23,21 @@ def new_keys(
     format: FormatOption = Format.TXT,
 ) -> None:
     """Make an identity: a private key, which never leaves this machine, and a card to give to others."""
-    identity = create_identity(directory, name)
-    mark = fingerprint(identity.public)
+    _made(create_identity(directory, name), directory, format)
+
+
+def join(
+    invite: Annotated[Path, typer.Argument(help="the invitation that the operator sent")],
+    directory: Annotated[Path, typer.Option("--dir", help="where the two files go")] = Path("keys"),
+    format: FormatOption = Format.TXT,
+) -> None:
+    """Answer an invitation: make this site's keys, and the card to send back."""
+    invitation = load_invitation(invite, datetime.now(UTC))
+    _made(create_identity(directory, invitation.client, invitation.id), directory, format)
+
+
+def _made(identity: Identity, directory: Path, format: Format) -> None:
+    name, mark = identity.name, fingerprint(identity.public, identity.link.public)
     succeed(
         format,
         f"private key  {directory / name}.key   (keep it here)\n"
@@ -37,12 +54,12 @@ def show_card(card: Annotated[Path, typer.Argument(help="a .card file")], format
 
 
 def admit_card(
-    card: Annotated[Path, typer.Argument(help="the client's .card file")],
+    card: Annotated[Path, typer.Argument(help="a .card file")],
     clients: ClientsOption = Path("clients"),
     format: FormatOption = Format.TXT,
 ) -> None:
-    """Admit a client: its key may open sessions from now on. A running server need not be restarted."""
-    admitted = admit(card, clients)
+    """Admit a client (or with --clients servers, at a broker, a server): at once, nothing need be restarted."""
+    admitted = admit(card, clients, datetime.now(UTC))
     succeed(
         format,
         f"admitted {admitted.name}  {admitted.fingerprint}",
@@ -55,7 +72,7 @@ def revoke_client(
     clients: ClientsOption = Path("clients"),
     format: FormatOption = Format.TXT,
 ) -> None:
-    """Take a client's admission back: it opens no new session."""
+    """Take an admission back: whoever it was is out within a second, open sessions included."""
     revoke(name, clients)
     succeed(format, f"revoked {name}", {"name": name})
 
@@ -64,25 +81,50 @@ def invite(
     name: Annotated[str, typer.Argument(help="the client's name")],
     job: Annotated[Path, typer.Option("--job", help="the job file")],
     server: Annotated[Path, typer.Option("--server", help="the server's .card file")],
-    broker: Annotated[list[str], typer.Option("--broker", help="the broker's address for clients")],
+    broker: Annotated[list[str], typer.Option("--broker", help="a broker's address for clients; several are tried")],
+    broker_card: Annotated[
+        list[Path] | None, typer.Option("--broker-card", help="the .card of each --broker, or one for all")
+    ] = None,
+    clients: Annotated[Path, typer.Option("--clients", help="where the card that comes back is admitted")] = Path(
+        "clients"
+    ),
     out: Annotated[Path | None, typer.Option("--out", help="the invitation file; NAME.invite by default")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="links without keys, on this machine alone")] = False,
     days: Annotated[float, typer.Option("--days", min=0.01, max=3650, help="how long it is valid")] = 30,
     format: FormatOption = Format.TXT,
 ) -> None:
-    """Write an invitation: where the broker is, which server, which job, until when."""
+    """Write an invitation: where the brokers are, which server, which job, until when. It admits one card."""
     card = load_card(server)
     invitation = Invitation(
+        id=new_id(),
         client=name,
-        brokers=broker,
+        brokers=brokers_at(broker, broker_card or [], plain),
         server=card.name,
         server_public_key=card.public_key,
         job=load_job(job).digest().hex(),
         expires_at=datetime.now(UTC) + timedelta(days=days),
     )
     path = out or Path(f"{name}.invite")
-    write_invitation(path, invitation)
+    write_invitation(path, invitation, clients)
     succeed(
         format,
         f"invitation   {path}\nserver       {card.name}  {card.fingerprint}",
         {"invitation": str(path), "server": card.name, "fingerprint": card.fingerprint},
     )
+
+
+def brokers_at(addresses: list[str], cards: list[Path], plain: bool) -> list[BrokerAt]:
+    """Each with its key, or on this machine plain, if that was asked for. Raises UsageError."""
+    if plain == bool(cards):
+        raise UsageError("--broker needs --broker-card", hint="ask the broker's operator for it, or say --plain")
+    if len(cards) > 1 and len(cards) != len(addresses):
+        raise UsageError(
+            f"{len(cards)} times --broker-card for {len(addresses)} times --broker", hint="one each, or one"
+        )
+    keys = [load_card(card).link_key for card in cards]
+    keys_of = keys if len(keys) > 1 else [keys[0] if keys else None] * len(addresses)
+    try:
+        return [BrokerAt(address=address, key=key) for address, key in zip(addresses, keys_of, strict=True)]
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        raise UsageError(f"--broker: {first['msg']}", hint="tcp://host:port, with --broker-card") from None

@@ -10,13 +10,18 @@ import typer
 
 from launcher.output import Format, FormatOption, emit, succeed
 from launcher.peak_memory import peak_memory_bytes
+from launcher.people import brokers_at
+from shared.allow_list import AllowList
+from shared.errors import UsageError
 from shared.heap import keep_freed_memory
-from shared.identity import Admitted, load_identity, load_invitation
+from shared.identity import load_identity
+from shared.invitations import load_invitation
 from shared.job import load_job
 from shared.logs import configure
 
 KeyOption = Annotated[Path, typer.Option("--key", help="this role's .key file")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="threads for arithmetic")]
+PlainOption = Annotated[bool, typer.Option("--plain", help="links without keys, on this machine alone")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="a log line a step")]
 
 
@@ -27,15 +32,27 @@ def broker(
     servers_address: Annotated[
         str, typer.Option("--servers-address", help="where servers connect")
     ] = "tcp://127.0.0.1:5556",
+    key: Annotated[Path | None, typer.Option("--key", help="the broker's .key file")] = None,
+    clients: Annotated[Path, typer.Option("--clients", help="folder with the cards of admitted clients")] = Path(
+        "clients"
+    ),
+    servers: Annotated[Path, typer.Option("--servers", help="folder with the cards of admitted servers")] = Path(
+        "servers"
+    ),
+    plain: PlainOption = False,
     verbose: VerboseOption = False,
     format: FormatOption = Format.TXT,
 ) -> None:
     """Route sealed messages between clients and servers. It can open none of them."""
+    from broker.guard import Guard
     from broker.service import Broker
     from broker.settings import BrokerSettings
 
     configure("broker", verbose=verbose)
-    running = Broker(BrokerSettings(frontend=clients_address, backend=servers_address))
+    if (key is None) != plain:
+        raise UsageError("a broker needs --key", hint="make one with 'flglm keys new broker', or say --plain")
+    guard = None if key is None else Guard(load_identity(key).link, clients, servers)
+    running = Broker(BrokerSettings(frontend=clients_address, backend=servers_address), guard=guard)
     _on_signals(running.stop)
     with running:
         emit(format, {"event": "ready", "clients": running.frontend, "servers": running.backend})
@@ -49,7 +66,13 @@ def server(
     clients: Annotated[Path, typer.Option("--clients", help="folder with the cards of admitted clients")] = Path(
         "clients"
     ),
-    broker: Annotated[str, typer.Option("--broker", help="the broker's address for servers")] = "tcp://127.0.0.1:5556",
+    broker: Annotated[
+        list[str] | None, typer.Option("--broker", help="a broker's address for servers; all are served")
+    ] = None,
+    broker_card: Annotated[
+        list[Path] | None, typer.Option("--broker-card", help="the .card of each --broker, or one for all")
+    ] = None,
+    plain: PlainOption = False,
     state: Annotated[Path, typer.Option("--state", help="folder for checkpoints; found there, the job resumes")] = Path(
         "server-state"
     ),
@@ -78,7 +101,7 @@ def server(
     from worker_server.settings import ServerSettings
 
     settings = ServerSettings(
-        broker=broker,
+        brokers=tuple(at.door for at in brokers_at(broker or ["tcp://127.0.0.1:5556"], broker_card or [], plain)),
         state=state,
         device=device,
         threads=leave_arithmetic_to_the_compute_thread(threads),
@@ -88,7 +111,7 @@ def server(
         max_kept_tokens=max_kept_tokens,
         max_cached_tokens=max_cached_tokens,
     )
-    running = Server(settings, loaded, identity, Admitted(clients).lookup)
+    running = Server(settings, loaded, identity, AllowList(clients).names)
     _on_signals(running.stop)
     running.run()
     succeed(
@@ -112,9 +135,13 @@ def client_train(
         float, typer.Option("--validation-fraction", min=0, max=0.9, help="held out of --data, without --validation")
     ] = 0.1,
     model: Annotated[str | None, typer.Option("--model", help="this site's copy of the job's model")] = None,
+    policy: Annotated[Path | None, typer.Option("--policy", help="what this site accepts, YAML")] = None,
     connect_timeout: Annotated[
         float, typer.Option("--connect-timeout", min=0.1, help="seconds to wait for broker and server")
     ] = 30.0,
+    reconnect: Annotated[
+        float, typer.Option("--reconnect", min=0, help="seconds to try to get back after the connection broke")
+    ] = 600.0,
     threads: ThreadsOption = None,
     verbose: VerboseOption = False,
     format: FormatOption = Format.TXT,
@@ -125,6 +152,7 @@ def client_train(
     identity, invitation = load_identity(key), load_invitation(invite, datetime.now(UTC))
     from launcher.progress import ClientProgress
     from worker_client.client import ClientSettings, run_client
+    from worker_client.policy import Policy, load_policy
 
     settings = ClientSettings(
         data=data,
@@ -134,6 +162,8 @@ def client_train(
         model=model,
         threads=threads,
         connect_timeout_s=connect_timeout,
+        reconnect_s=reconnect,
+        policy=Policy() if policy is None else load_policy(policy),
     )
     _on_signals(_interrupt)
     with ClientProgress(enabled=format is Format.TXT) as progress:

@@ -5,16 +5,14 @@ handshakes, so that no setting can be changed between operator and client. Names
 where those exist.
 """
 
-import difflib
 import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from shared.errors import JobError
+from shared.yaml_files import read_mapping, validated
 
 WireFormat = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 TrainedPart = Literal["head", "trunk", "tail"]
@@ -93,6 +91,8 @@ class Rounds(Settings):
 class Cohort(Settings):
     """Who steps together. Training starts with `clients` clients; a step waits `deadline_s` for the last of them.
 
+    `quorum`: with fewer members a round is undone, and waits for those who are missing; by default with any fewer than
+    `clients`, so that a run which lost somebody for a while ends as if it had not.
     `mode`: lockstep, where every step is one of all clients, exactly; or greedy, where the trunk takes what is there,
     and a cohort's backward waits `patience_s` for the last gradient. `in_flight`: how many batches (lockstep: of one
     step) a client has under way at once, to hide the network's delay.
@@ -100,12 +100,18 @@ class Cohort(Settings):
     """
 
     clients: Annotated[int, Field(ge=1, le=4096)] = 1
+    quorum: Annotated[int, Field(ge=1, le=4096)] | None = None
     adapters: Literal["shared", "per_client"] = "shared"
     mode: Literal["lockstep", "greedy"] = "lockstep"
     in_flight: Annotated[int, Field(ge=1, le=16)] = 1
     deadline_s: Seconds = 120.0
     patience_s: Seconds = 1.0
     max_batch_tokens: Annotated[int, Field(ge=1, le=2**24)] = 65_536
+
+    @property
+    def needed(self) -> int:
+        """The quorum."""
+        return self.clients if self.quorum is None else self.quorum
 
 
 class Wire(Settings):
@@ -132,6 +138,8 @@ class Job(Settings):
     def _consistent(self) -> "Job":
         if len(set(self.training.parts)) != len(self.training.parts):
             raise ValueError("training.parts names a part twice")
+        if self.cohort.needed > self.cohort.clients:
+            raise ValueError("cohort.quorum is larger than cohort.clients: no round would ever begin")
         if self.cohort.adapters == "per_client" and (self.method.type != "lora" or "trunk" not in self.training.parts):
             raise ValueError("cohort.adapters=per_client needs method.type=lora, and trunk among training.parts")
         accumulated = self.training.gradient_accumulation_steps
@@ -172,42 +180,9 @@ class Job(Settings):
 
 def parse_job(values: Any, source: str) -> Job:
     """A Job from plain data. Raises JobError: one line, with the setting's name and, for unknown ones, the nearest."""
-    try:
-        return Job.model_validate(values)
-    except ValidationError as error:
-        raise JobError(f"{source}: {describe(error, Job)}") from None
+    return validated(values, Job, source)
 
 
 def load_job(path: Path) -> Job:
     """Read a YAML job file. Raises JobError."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise JobError(f"{path}: {error.strerror}", hint="name the job file with --job") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise JobError(f"{path}: not YAML ({' '.join(str(error).split())[:200]})") from None
-    if not isinstance(values, dict):
-        raise JobError(f"{path}: a job file is a mapping of settings")
-    return parse_job(values, str(path))
-
-
-def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first fault of a validation error in one line; an unknown setting with the nearest known one."""
-    fault = error.errors()[0]
-    where = ".".join(str(part) for part in fault["loc"]) or "settings"
-    if fault["type"] == "extra_forbidden":
-        unknown = str(fault["loc"][-1])
-        near = difflib.get_close_matches(unknown, _known_names(model), n=1, cutoff=0.5)
-        return f"unknown setting '{where}'" + (f"; did you mean '{near[0]}'?" if near else "")
-    return f"{where}: {fault['msg']}"
-
-
-def _known_names(model: type[BaseModel]) -> list[str]:
-    names: list[str] = []
-    for name, field in model.model_fields.items():
-        names.append(name)
-        inner = field.annotation
-        for candidate in getattr(inner, "__args__", (inner,)):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                names.extend(_known_names(candidate))
-    return names
+    return parse_job(read_mapping(path, "job file"), str(path))

@@ -11,8 +11,9 @@ import zmq
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from shared.errors import HandshakeError, ModelError, Refused
-from shared.identity import Identity, Invitation
+from shared.errors import ConnectionFailed, HandshakeError, ModelError, Refused
+from shared.identity import Identity
+from shared.invitations import Invitation
 from shared.job import Job, parse_job
 from shared.model.checkpoint import Checkpoint, Fingerprint
 from shared.model.families import context_length
@@ -20,13 +21,16 @@ from shared.payload.messages import Welcome
 from worker_client.data import LoadedRows, Row, load_rows, split_validation
 from worker_client.head_tail import HeadTail, Score, load_client_parts
 from worker_client.link import Link
+from worker_client.policy import Policy, check_job, check_server
 from worker_client.remote_trunk import RemoteTrunk
 from worker_client.steps import Report
 from worker_client.training import Training
+from worker_client.way import Way
 
 # A cohort waits for its slowest member until the job's deadline; the answer itself takes a little longer.
 GRACE_S = 60.0
 WAIT_FOR_ROUND_S = 3600.0
+ACCEPT_ALL = Policy()
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class ClientSettings:
     """What the data owner says; everything else comes with the job.
 
     `model`: this site's copy of the model, if it is not where the job says. `validation_fraction` of the rows are held
-    out unless `validation` names a file of its own.
+    out unless `validation` names a file of its own. `policy`: what this site accepts. `reconnect_s`: how long to try to
+    get back when a connection broke.
     """
 
     data: Path
@@ -44,6 +49,8 @@ class ClientSettings:
     model: str | None = None
     threads: int | None = None
     connect_timeout_s: float = 30.0
+    reconnect_s: float = 600.0
+    policy: Policy = ACCEPT_ALL
 
 
 @dataclass(frozen=True)
@@ -68,36 +75,61 @@ def run_client(
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    link = Link(
-        invitation.brokers[0],
-        identity.private,
-        invitation.server_public,
-        invitation.job_digest,
-        connect_timeout_s=settings.connect_timeout_s,
-        context=context,
+    check_server(settings.policy, invitation)
+    way = Way(invitation, identity, settings.connect_timeout_s, settings.reconnect_s, context)
+    site: Site | None = None
+
+    def heard(event: dict[str, Any]) -> None:
+        way.progress()
+        report(event)
+
+    while True:
+        try:
+            with way.link() as link:
+                site = site or _prepare(settings, invitation, link, report)
+                score = site.train(link, settings.out, heard)
+                break
+        except ConnectionFailed as error:
+            way.broke(error, once_there=site is not None)
+    _write_result(settings.out, site.job, site.parts)
+    return Result(score, way.bytes_up, way.bytes_down)
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a client trains: the agreed job, its parts of the model, its rows."""
+
+    job: Job
+    parts: HeadTail
+    rows: tuple[Row, ...]
+    validation: tuple[Row, ...]
+
+    def train(self, link: Link, out: Path, report: Report) -> Score | None:
+        """Through one link, from the newest checkpoint in `out` to the end of the job."""
+        trunk = RemoteTrunk(link, self.job, max(self.job.cohort.deadline_s, WAIT_FOR_ROUND_S) + GRACE_S)
+        return Training(self.job, self.parts, trunk, self.rows, self.validation, out, report).run()
+
+
+def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, report: Report) -> Site:
+    """Agree on job and model, then read the rows."""
+    welcome = link.welcome.result().message
+    job = agreed_job(welcome, invitation)
+    check_job(settings.policy, job)
+    checkpoint = Checkpoint(settings.model or job.model_name_or_path)
+    check_same_model(checkpoint, welcome)
+    rows, validation, loaded = _rows(settings, job, checkpoint)
+    report(
+        {
+            "event": "data",
+            "rows": len(rows),
+            "validation_rows": len(validation),
+            "truncated": loaded.truncated,
+            "skipped_long": loaded.skipped_long,
+            "without_target": loaded.without_target,
+            "total_steps": job.total_steps,
+        }
     )
-    with link:
-        welcome = link.welcome.result().message
-        job = agreed_job(welcome, invitation)
-        checkpoint = Checkpoint(settings.model or job.model_name_or_path)
-        check_same_model(checkpoint, welcome)
-        rows, validation, loaded = _rows(settings, job, checkpoint)
-        report(
-            {
-                "event": "data",
-                "rows": len(rows),
-                "validation_rows": len(validation),
-                "truncated": loaded.truncated,
-                "skipped_long": loaded.skipped_long,
-                "without_target": loaded.without_target,
-                "total_steps": job.total_steps,
-            }
-        )
-        parts = load_client_parts(checkpoint, job)
-        trunk = RemoteTrunk(link, job, max(job.cohort.deadline_s, WAIT_FOR_ROUND_S) + GRACE_S)
-        score = Training(job, parts, trunk, rows, validation, settings.out, report).run()
-        _write_result(settings.out, job, parts)
-    return Result(score, link.connection.bytes_sent, link.connection.bytes_received)
+    return Site(job, load_client_parts(checkpoint, job), rows, validation)
 
 
 def agreed_job(welcome: Welcome, invitation: Invitation) -> Job:

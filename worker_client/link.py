@@ -13,16 +13,16 @@ from types import TracebackType
 from typing import Any
 
 import zmq
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from shared import PROTOCOL_VERSION
 from shared.errors import ConnectionFailed, DeadlineExceeded, FlglmError, HandshakeError, PeerError, Refused
-from shared.identity import key_digest
+from shared.identity import Identity, key_digest
 from shared.logs import event
 from shared.payload.messages import Confirm, Leave, Message, Refusal, Welcome, pack, unpack_from_server
 from shared.secure.handshake import ClientHandshake
 from shared.secure.records import Channel
-from shared.wire.connection import BrokerConnection
+from shared.wire.connection import BrokerConnection, hello
+from shared.wire.curve import Door
 from shared.wire.envelope import Accept, Close, Data, Envelope, Frame, Open
 from shared.wire.envelope import pack as pack_envelope
 from shared.wire.waker import Waker
@@ -30,6 +30,11 @@ from shared.wire.waker import Waker
 MAX_IN_FLIGHT = 64
 POLL_MS = 250
 RETRY_S = 0.5
+# Ends of a session after which another may be opened, as they say nothing against this client.
+PASSING = (
+    "server_gone", "server_stopping", "broker_stopping", "unknown_peer", "unknown_session", "round_undone", "timed_out",
+    "peer_too_slow", "silent",
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -57,20 +62,20 @@ class Link:
 
     def __init__(
         self,
-        address: str,
-        private: X25519PrivateKey,
+        door: Door,
+        identity: Identity,
         server: bytes,
         job: bytes,
         *,
         connect_timeout_s: float = 30.0,
         context: "zmq.Context[zmq.Socket[bytes]] | None" = None,
     ) -> None:
-        self.private = private
+        self.private = identity.private
         self.server = server
         self.job = job
         self.connect_timeout_s = connect_timeout_s
         self.session = os.urandom(16)
-        self.connection = BrokerConnection(context or zmq.Context.instance(), address, "client")
+        self.connection = BrokerConnection(context or zmq.Context.instance(), door, hello("client"), identity.link)
         self.waker = Waker()
         self.outgoing: queue.Queue[Call] = queue.Queue(MAX_IN_FLIGHT)
         self.waiting: dict[int, Future[Answer]] = {}
@@ -246,6 +251,6 @@ def _refused(close: Close) -> FlglmError:
     """What a CLOSE from broker or server means for the person at the client."""
     if close.code in ("handshake",):
         return HandshakeError(f"the server refused the handshake: {close.message}")
-    if close.code in ("server_gone", "server_stopping", "broker_stopping", "unknown_peer", "unknown_session"):
+    if close.code in PASSING:
         return ConnectionFailed(close.message, hint="when it is back, run the same command to resume")
     return Refused(close.message, reason=close.code)

@@ -3,8 +3,8 @@
     waiting ──enough clients joined──> training ──all members' updates in──> aggregating ──> waiting, or finished
 
 The members of a round are fixed when it begins; who joins later waits for the next. A member that leaves, or keeps the
-others waiting past the deadline, is left behind: it may join again for the next round. A round that loses all its
-members is undone (`Restore`) and begins anew.
+others waiting past the deadline, is left behind: it may join again for the next round. A round with fewer members left
+than the quorum is undone (`Restore`), the others are sent back to its beginning (`Dismiss`), and it begins anew.
 
 How the steps of a round are trained is for the two kinds of it: in lockstep (worker_server/lockstep.py) or greedily
 (worker_server/greedy.py).
@@ -20,6 +20,7 @@ from typing import Literal
 
 from worker_server.work import (
     Aggregate,
+    Dismiss,
     Finish,
     Instruction,
     Restore,
@@ -36,20 +37,26 @@ Stage = Literal["waiting", "training", "undoing", "aggregating", "finished"]
 class Plan:
     """What the job says about rounds. `places`: how many clients may take part at most, None for any number.
 
-    `replicated`: this is one of several servers, none of which begins before all have their clients. `micro_batches` a
-    step, of which a client may have `in_flight` under way; `patience_s` is greedy's.
+    `quorum`: with fewer members than that (0: than one) no round begins or goes on. `replicated`: this is one of
+    several servers, none of which begins before all have their clients. `micro_batches` a step, of which a client may
+    have `in_flight` under way; `patience_s` is greedy's.
     """
 
     clients: int
     rounds: int
     local_steps: int
     deadline_s: float
+    quorum: int = 1
     places: int | None = None
     replicated: bool = False
     micro_batches: int = 1
     in_flight: int = 1
     patience_s: float = 1.0
     max_batch_tokens: int = 2**24
+
+    @property
+    def needed(self) -> int:
+        return max(1, self.quorum)
 
 
 class Rounds(ABC):
@@ -142,14 +149,21 @@ class Rounds(ABC):
         """Whether it has begun, or could."""
         return self.started or len(self.lobby) >= self.plan.clients
 
+    @property
+    def missing(self) -> int:
+        """How many clients a round still waits for before it can begin."""
+        if self.stage != "waiting":
+            return 0
+        return max(0, (self.plan.needed if self.started else self.plan.clients) - len(self.lobby))
+
     def all_have_their_clients(self) -> list[Instruction]:
         """Every replica may begin."""
         self.held = False
         return self._begin_round() if self.stage == "waiting" else []
 
     def ended_elsewhere(self) -> list[Instruction]:
-        """Another replica ends this round; here nobody trains it: join in without an update."""
-        if self.stage != "waiting":
+        """Another replica ends this round; here nobody trains it: join in without an update, if the quorum allows."""
+        if self.stage != "waiting" or self.plan.quorum >= self.plan.clients > 0:
             return []
         self.stage = "aggregating"
         return [Aggregate(self.round, ())]
@@ -216,9 +230,10 @@ class Rounds(ABC):
         for session in gone:
             self.updates.pop(session, None)
             self._forget(session)
-        if not self.active:
+        if len(self.active) < self.plan.needed:
             self.stage = "undoing"
-            return self._undo_round()
+            dismissed, self.active = tuple(self.active), {}
+            return [*([Dismiss(dismissed)] if dismissed else []), *self._undo_round()]
         return self._end_round() or self._start(now)
 
     @abstractmethod
@@ -236,7 +251,7 @@ class Rounds(ABC):
         return [*undo, *self._begin_round()]
 
     def _begin_round(self) -> list[Instruction]:
-        if not self.lobby or self.held or not self.has_its_clients:
+        if not self.lobby or self.held or self.missing:
             return []
         self.started = True
         answers = in_order(self.lobby.values())

@@ -1,7 +1,7 @@
 """Putting a server together from its settings, a job, an identity and a list of admitted clients."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 
 import torch
@@ -16,8 +16,9 @@ from shared.model.families import context_length
 from shared.model.plan import SplitPlan
 from shared.model.trainable import make_trainable, update_shapes
 from shared.payload.messages import Welcome
-from shared.wire.connection import BrokerConnection
+from shared.wire.connection import hello
 from shared.wire.waker import Waker
+from worker_server.brokers import Brokers
 from worker_server.engine import Engine
 from worker_server.greedy import Greedy
 from worker_server.inference import Inference
@@ -54,7 +55,7 @@ class Server:
         settings: ServerSettings,
         job: Job,
         identity: Identity,
-        admitted: Callable[[bytes], str | None],
+        admitted: Callable[[], Mapping[bytes, str]],
         context: "zmq.Context[zmq.Socket[bytes]] | None" = None,
     ) -> None:
         self.settings = settings
@@ -100,17 +101,13 @@ class Server:
         progress.begin()
         shapes = update_shapes(checkpoint.config, plan, self.job)
         name = key_digest(self.identity.public)
+        greeting = hello("server", name) if place is None else hello("server", name, place.replica, place.replicas)
         with (
             self._replicas(place, progress) as replicas,
             closing(Waker()) as waker,
-            BrokerConnection(
-                self.context,
-                self.settings.broker,
-                "server",
-                name,
-                0 if place is None else place.replica,
-                1 if place is None else place.replicas,
-            ) as connection,
+            Brokers(
+                self.context, self.settings.brokers, greeting, self.identity.link, self.settings.broker_timeout_s
+            ) as brokers,
         ):
             self.service = Service(
                 self.settings,
@@ -131,7 +128,7 @@ class Server:
                     )
                 ),
                 Engine(progress, waker.wake, self.settings.threads, replicas, shapes),
-                connection,
+                brokers,
                 waker,
                 Welcome(
                     job=self.job.canonical().decode(),
@@ -164,14 +161,16 @@ class Server:
 
 def make_rounds(job: Job, round: int, place: Place | None = None) -> Rounds:
     """The state machine of the job's kind of cohorts; one of several replicas begins with its share of the clients."""
-    clients = job.cohort.clients
+    clients, quorum = job.cohort.clients, job.cohort.needed
     if place is not None:
         clients = clients // place.replicas + (place.replica < clients % place.replicas)
+        quorum = clients if quorum == job.cohort.clients else 0
     plan = Plan(
         clients=clients,
         rounds=job.rounds.count,
         local_steps=job.rounds.local_steps,
         deadline_s=job.cohort.deadline_s,
+        quorum=quorum,
         replicated=place is not None,
         places=job.cohort.clients if job.cohort.adapters == "per_client" else None,
         micro_batches=job.training.gradient_accumulation_steps,

@@ -31,8 +31,10 @@ from shared.payload.messages import (
 )
 from shared.payload.tensors import encode
 from shared.wire.connection import BrokerConnection
-from shared.wire.envelope import MAX_REASON_CHARS, Close, Data, Envelope, Frame, Open, pack
+from shared.wire.envelope import MAX_REASON_CHARS, Close, Data, Envelope, Frame, Open
+from shared.wire.envelope import pack as pack_envelope
 from shared.wire.waker import Waker
+from worker_server.brokers import Brokers
 from worker_server.engine import Computed, Engine
 from worker_server.inference import Inference
 from worker_server.intake import Intake
@@ -43,6 +45,7 @@ from worker_server.settings import ServerSettings
 from worker_server.streams import StreamBook
 from worker_server.work import (
     Aggregate,
+    Dismiss,
     Finish,
     Instruction,
     Refuse,
@@ -56,8 +59,12 @@ from worker_server.work import (
     Ticket,
 )
 
-POLL_S = 0.5
+POLL_S = 0.25
 STOP_S = 600.0
+# How often the allow list is looked at: whoever is revoked is out after this long.
+ADMISSIONS_S = 0.25
+# What a broker says to a server that it will not serve, however often it asks.
+FINAL = ("version", "wrong_side", "too_many_peers", "not_admitted", "revoked")
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +86,7 @@ class Service:
         inference: Inference,
         streams: StreamBook,
         engine: Engine,
-        connection: BrokerConnection,
+        brokers: Brokers,
         waker: Waker,
         welcome: Welcome,
         replicas: Replicas | None = None,
@@ -91,13 +98,15 @@ class Service:
         self.inference = inference
         self.streams = streams
         self.engine = engine
-        self.connection = connection
+        self.brokers = brokers
         self.waker = waker
         self.welcome = welcome
         self.replicas = replicas
         self.state = State.RUNNING
         self.counters: Counter[str] = Counter()
         self.finished_at: float | None = None
+        self.next_look = 0.0
+        self.stranded: set[bytes] = set()
 
     def stop(self) -> None:
         """From any thread or a signal handler: finish the work at hand and return from `run()`."""
@@ -105,12 +114,13 @@ class Service:
         self.waker.wake()
 
     def run(self) -> None:
-        """Raises ConnectionFailed if the broker is not there or falls silent, and what the compute thread raised."""
-        self.connection.open(self.settings.connect_timeout_s, lambda: self.state is State.STOPPING)
-        event(logger, "server_ready", broker=self.connection.address, round=self.rounds.round)
+        """Raises ConnectionFailed if no broker is there (any more), and what the compute thread raised."""
+        self.brokers.open(self.settings.connect_timeout_s, lambda: self.state is State.STOPPING)
+        event(logger, "server_ready", brokers=self.brokers.addresses, round=self.rounds.round)
         self.engine.start()
         poller = zmq.Poller()
-        poller.register(self.connection.socket, zmq.POLLIN)
+        for connection in self.brokers.connections:
+            poller.register(connection.socket, zmq.POLLIN)
         poller.register(self.waker.reader, zmq.POLLIN)
         try:
             while self.state is State.RUNNING and not self._all_done(time.monotonic()):
@@ -122,8 +132,8 @@ class Service:
             self.engine.stop(STOP_S)
 
     def _turn(self, now: float) -> None:
-        while (envelope := self.connection.receive(now)) is not None:
-            self._receive(envelope, now)
+        for connection, envelope in self.brokers.receive(now):
+            self._receive(connection, envelope, now)
         for outcome in self.engine.collect():
             self._deliver(outcome, now)
         self._carry_out(self.rounds.tick(now))
@@ -131,7 +141,11 @@ class Service:
             self._heed(self.replicas)
         for session in self.sessions.silent(now - self.settings.silent_session_s):
             self._end(session.id, "silent", "no record came after the handshake", now)
-        self.connection.tick(now)
+        self._part_with([*self.brokers.tick(now), *self.stranded], now)
+        self.stranded.clear()
+        if now >= self.next_look:
+            self._put_out_the_revoked(now)
+            self.next_look = now + ADMISSIONS_S
 
     def _poll_ms(self, now: float) -> int:
         deadline = self.rounds.deadline()
@@ -159,33 +173,38 @@ class Service:
 
     # What arrives
 
-    def _receive(self, envelope: Envelope, now: float) -> None:
+    def _receive(self, connection: BrokerConnection, envelope: Envelope, now: float) -> None:
         header = envelope.header
         if isinstance(header, Open):
-            self._open(envelope, header, now)
+            self._open(connection, envelope, header, now)
         elif isinstance(header, Data):
-            self._record(envelope, header, now)
+            self._record(connection, envelope, header, now)
         elif isinstance(header, Close):
             if header.session is None:
-                raise ConnectionFailed(f"the broker ended the connection: {header.message}")
-            self._left(header.session, header.code, now)
+                if header.code in FINAL:
+                    raise ConnectionFailed(f"the broker at {connection.address} refused: {header.message}")
+                self._part_with(self.brokers.down(connection, header.code), now)
+            elif self.brokers.routes.get(header.session) is connection:
+                self._left(header.session, header.code, now)
 
-    def _open(self, envelope: Envelope, header: Open, now: float) -> None:
+    def _open(self, connection: BrokerConnection, envelope: Envelope, header: Open, now: float) -> None:
         try:
             session, accept = self.sessions.open(envelope, now)
         except FlglmError as error:
             self._count_refusal(error, header.session)
-            self._close(header.session, code_of(error), error.message)
+            connection.send(_closing(header.session, code_of(error), error.message))
             return
+        self.brokers.routes[session.id] = connection
         self.counters["sessions_opened"] += 1
         event(logger, "session_opened", session=session.id, client=session.client)
-        self.connection.send(accept)
+        self.brokers.send(accept)
         self._send(session, self.welcome)
 
-    def _record(self, envelope: Envelope, header: Data, now: float) -> None:
+    def _record(self, connection: BrokerConnection, envelope: Envelope, header: Data, now: float) -> None:
         session = self.sessions.get(header.session)
-        if session is None:
-            self._close(header.session, "unknown_session", "the server knows no such session: open a new one")
+        if session is None or self.brokers.routes.get(session.id) is not connection:
+            text = "the server knows no such session: open a new one"
+            connection.send(_closing(header.session, "unknown_session", text))
             return
         request: int | None = None
         try:
@@ -233,6 +252,7 @@ class Service:
         session = self.sessions.close(session_id)
         if session is None:
             return
+        self.brokers.routes.pop(session_id, None)
         self.counters["sessions_closed"] += 1
         event(logger, "session_closed", session=session_id, client=session.client, code=code)
         self.inference.left(session_id)
@@ -240,8 +260,17 @@ class Service:
         self._carry_out(self.rounds.left(session_id, now))
 
     def _end(self, session_id: bytes, code: str, message: str, now: float) -> None:
-        self._close(session_id, code, message)
+        self.brokers.send(_closing(session_id, code, message))
         self._left(session_id, code, now)
+
+    def _part_with(self, sessions: Sequence[bytes], now: float) -> None:
+        """Their broker is away, and with it their way here."""
+        for session_id in sessions:
+            self._left(session_id, "broker_gone", now)
+
+    def _put_out_the_revoked(self, now: float) -> None:
+        for session in self.sessions.revoked():
+            self._end(session.id, "revoked", "the admission was taken back", now)
 
     # What is done about it
 
@@ -262,6 +291,10 @@ class Service:
                 case Restore(round_):
                     event(logger, "round_undone", round=round_)
                     self.engine.submit(instruction)
+                case Dismiss(sessions):
+                    text = "the round lost more members than cohort.quorum allows, and begins anew"
+                    for session_id in sessions:
+                        self._end(session_id, "round_undone", text, time.monotonic())
                 case _:
                     self.engine.submit(instruction)
 
@@ -315,15 +348,15 @@ class Service:
             self._send(session, answer, [frame for _, frame in encoded])
 
     def _send(self, session: Session, message: Message, tensors: Sequence[Frame] = ()) -> None:
-        self.connection.send(session.seal(message, tensors))
-
-    def _close(self, session_id: bytes | None, code: str, message: str) -> None:
-        self.connection.send(pack(Close(session=session_id, code=code, message=message[:MAX_REASON_CHARS])))
+        """A session whose broker takes no more is over: what it misses cannot be made up for."""
+        if not self.brokers.send(session.seal(message, tensors)):
+            self.stranded.add(session.id)
 
     def _farewell(self) -> None:
         for session in self.sessions:
-            self._close(session.id, "server_stopping", "the server stops; it resumes from its last round")
-        self.connection.close_politely()
+            text = "the server stops; it resumes from its last round"
+            self.brokers.send(_closing(session.id, "server_stopping", text))
+        self.brokers.close_politely()
 
     def _log_step(self) -> None:
         self.counters["steps"] += 1
@@ -334,3 +367,7 @@ class Service:
         event(
             logger, "message_refused", level=logging.WARNING, session=session, code=code_of(error), reason=error.message
         )
+
+
+def _closing(session_id: bytes, code: str, message: str) -> Envelope:
+    return pack_envelope(Close(session=session_id, code=code, message=message[:MAX_REASON_CHARS]))

@@ -1,7 +1,7 @@
 """The server's sessions: handshakes, records, and which client is behind each. No sockets, no model."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -24,6 +24,7 @@ class Session:
 
     id: bytes
     client: str
+    public: bytes
     channel: Channel
     opened_at: float
     confirmed: bool = False
@@ -36,7 +37,7 @@ class Sessions:
     """All sessions, at most `limit`, for the job with digest `job`."""
 
     def __init__(
-        self, static: X25519PrivateKey, admitted: Callable[[bytes], str | None], job: bytes, limit: int
+        self, static: X25519PrivateKey, admitted: Callable[[], Mapping[bytes, str]], job: bytes, limit: int
     ) -> None:
         self.static = static
         self.admitted = admitted
@@ -70,15 +71,15 @@ class Sessions:
             raise Refused("this session is open already", reason="session_in_use")
         if len(self._sessions) >= self.limit:
             raise Refused("the server has no room for another session", reason="too_many_sessions")
-        handshake = ServerHandshake(self.static, self.admitted)
+        handshake = ServerHandshake(self.static, lambda public: self.admitted().get(public))
         try:
-            client, _ = handshake.receive(envelope)
+            client, public = handshake.receive(envelope)
         except KeyFileError as error:
             # Which file is wrong is for the operator's log, not for whoever knocks.
             event(logger, "admissions_unreadable", level=logging.ERROR, reason=error.message)
             raise Refused("the server cannot tell whom it admits", reason="unknown_client") from None
         message_2, channel = handshake.accept()
-        session = Session(header.session, client, channel, now)
+        session = Session(header.session, client, public, channel, now)
         self._sessions[session.id] = session
         return session, pack_envelope(Accept(session=session.id), [message_2])
 
@@ -96,6 +97,15 @@ class Sessions:
 
     def close(self, session: bytes) -> Session | None:
         return self._sessions.pop(session, None)
+
+    def revoked(self) -> list[Session]:
+        """Sessions whose client is admitted no more. None as long as the list cannot be read."""
+        try:
+            admitted = self.admitted()
+        except KeyFileError as error:
+            event(logger, "admissions_unreadable", level=logging.ERROR, reason=error.message)
+            return []
+        return [s for s in self._sessions.values() if admitted.get(s.public) != s.client]
 
     def silent(self, before: float) -> list[Session]:
         """Sessions opened before `before` from which no record has come."""

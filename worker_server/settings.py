@@ -5,13 +5,17 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from shared.wire.curve import Door
+
 
 class ServerSettings(BaseModel):
-    """Fields: the broker's server address, the folder for checkpoints, limits."""
+    """Fields: where brokers listen to servers, the folder for checkpoints, limits."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    broker: str = "tcp://127.0.0.1:5556"
+    brokers: Annotated[tuple[Door, ...], Field(min_length=1, max_length=16)] = (Door("tcp://127.0.0.1:5556"),)
+    # How long the server goes on without any of them.
+    broker_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     state: Path = Path("server-state")
     device: str = "cpu"
     threads: Annotated[int, Field(ge=1)] | None = None

@@ -74,6 +74,13 @@ class Aggregate:
 
 
 @dataclass(frozen=True)
+class Dismiss:
+    """End these sessions: their round is undone. The clients come back and begin it anew."""
+
+    sessions: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
 class Restore:
     """Go back to the state at the beginning of `round`."""
 
@@ -102,7 +109,7 @@ class Refuse:
 
 
 Work = RunForward | RunBackward | RunEvaluation | RunGeneration | ReleaseStreams | Aggregate | Restore
-Instruction = Work | StartRound | Finish | Refuse
+Instruction = Work | StartRound | Finish | Refuse | Dismiss
 
 
 def in_order(tickets: Iterable[Ticket]) -> tuple[Ticket, ...]:

@@ -14,7 +14,8 @@ import shared.wire.connection
 from broker.service import Broker
 from broker.settings import BrokerSettings
 from shared.errors import ConnectionFailed
-from shared.wire.connection import BrokerConnection
+from shared.wire.connection import BrokerConnection, hello
+from shared.wire.curve import Door
 from shared.wire.envelope import Close, Data, Envelope, Open, pack
 
 ANYWHERE = "tcp://127.0.0.1:*"
@@ -59,9 +60,9 @@ def connect(context: "zmq.Context[zmq.Socket[bytes]]", broker: Broker) -> Iterat
 
     def greet(role: str) -> BrokerConnection:
         if role == "server":
-            made.append(BrokerConnection(context, broker.backend, "server", IDENTITY))
+            made.append(BrokerConnection(context, Door(broker.backend), hello("server", IDENTITY)))
         else:
-            made.append(BrokerConnection(context, broker.frontend, "client"))
+            made.append(BrokerConnection(context, Door(broker.frontend), hello("client")))
         made[-1].open(10)
         return made[-1]
 
@@ -129,7 +130,7 @@ def test_a_port_in_use_is_an_error_that_names_it(context: "zmq.Context[zmq.Socke
 
 def test_no_broker_is_a_bounded_wait(context: "zmq.Context[zmq.Socket[bytes]]") -> None:
     with (
-        BrokerConnection(context, "tcp://127.0.0.1:9", "client") as connection,
+        BrokerConnection(context, Door("tcp://127.0.0.1:9"), hello("client")) as connection,
         pytest.raises(ConnectionFailed, match=r"no broker answers at tcp://127\.0\.0\.1:9"),
     ):
         connection.open(0.2)
@@ -143,9 +144,9 @@ def test_a_broker_that_falls_silent_is_noticed(connect: Connect) -> None:
         client.tick(later)
 
 
-def test_the_broker_loads_no_models_and_no_keys() -> None:
+def test_the_broker_loads_no_models_and_nothing_that_opens_bodies() -> None:
     script = "import sys, broker.service; print([m for m in sys.modules if m.split('.')[0] in " + (
-        "('torch', 'transformers', 'cryptography') or m.startswith('shared.secure')])"
+        "('torch', 'transformers') or m.startswith(('shared.secure', 'shared.payload'))])"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]

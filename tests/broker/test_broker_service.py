@@ -206,7 +206,7 @@ def test_an_address_that_cannot_be_bound_is_one_clear_error(context: Context, si
 def test_as_a_process_it_says_where_it_listens_and_ends_in_good_order(
     context: Context, connect: Connect, number: signal.Signals
 ) -> None:
-    command = [sys.executable, "-m", "broker", "--clients-address", ANYWHERE, "--servers-address", ANYWHERE]
+    command = [sys.executable, "-m", "broker", "--clients-address", ANYWHERE, "--servers-address", ANYWHERE, "--plain"]
     with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
@@ -235,7 +235,7 @@ def as_a_command(*words: str) -> "subprocess.CompletedProcess[str]":
 
 def test_as_a_process_a_port_in_use_ends_in_one_line(context: Context) -> None:
     with running(context) as broker:
-        ended = as_a_command("--clients-address", broker.frontend, "--servers-address", ANYWHERE)
+        ended = as_a_command("--clients-address", broker.frontend, "--servers-address", ANYWHERE, "--plain")
         assert ended.returncode == 2
         (line,) = ended.stderr.splitlines()
         assert broker.frontend in line

@@ -15,7 +15,7 @@ from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from launcher.in_process import CLIENTS, Serving, serving, trunk_tensors
 from shared import state_files
 from shared.errors import CheckpointError, DataError, HandshakeError, ModelError, Refused
-from shared.identity import Invitation
+from shared.invitations import BrokerAt, Invitation
 from shared.job import Job
 from shared.model.checkpoint import Checkpoint
 from worker_client.client import ClientSettings, Result, run_client
@@ -46,13 +46,14 @@ def running(job: Job, tmp_path: Path) -> Iterator[Serving]:
 
 def run(running: Serving, settings: ClientSettings, events: list[dict[str, Any]] | None = None) -> Result:
     invitation = Invitation(
+        id="0" * 32,
         client="anna",
-        brokers=["tcp://localhost:1"],
+        brokers=[BrokerAt(address="tcp://localhost:1")],
         server="server",
         server_public_key=running.server.public.hex(),
         job=running.job.digest().hex(),
         expires_at=datetime.now(UTC),
-    ).model_copy(update={"brokers": [CLIENTS]})
+    ).model_copy(update={"brokers": [BrokerAt.model_construct(address=CLIENTS)]})
     seen = [] if events is None else events
     return run_client(settings, invitation, running.clients["anna"], seen.append, running.context)
 

@@ -1,6 +1,6 @@
 """The client's line to its server, over a real broker: greetings changed on the way, versions, waits that end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import shared.wire.connection
 import worker_client.link
 from benchmarks.fidelity import ALL, Case, make_job, random_rows
 from benchmarks.tiny_models import save_tiny_model
+from broker.guard import Guest
 from broker.routing import Peer, Router, Send
 from broker.settings import BrokerSettings
 from launcher.in_process import CLIENTS, Background, Serving, serving
@@ -21,7 +22,8 @@ from shared.identity import generate_identity, key_digest
 from shared.job import Job
 from shared.payload.messages import Join
 from shared.secure.handshake import ClientHandshake
-from shared.wire.connection import BrokerConnection
+from shared.wire.connection import BrokerConnection, hello
+from shared.wire.curve import Door
 from shared.wire.envelope import Accept, Close, Envelope, Frame, Header, Open, pack
 from worker_client.batches import Batch, pack_rows
 from worker_client.link import MAX_IN_FLIGHT, Link
@@ -45,10 +47,10 @@ class ChangingRouter(Router):
         self.kind = kind
         self.change = change
 
-    def handle(self, peer: Peer, frames: list[Frame], now: float) -> list[Send]:  # type: ignore[override]
+    def handle(self, peer: Peer, frames: Sequence[Frame], now: float, guest: Guest | None = None) -> list[Send]:
         return [
             replace(send, envelope=self.change(send.envelope)) if isinstance(send.envelope.header, self.kind) else send
-            for send in super().handle(peer, frames, now)
+            for send in super().handle(peer, frames, now, guest)
         ]
 
 
@@ -101,7 +103,7 @@ def test_another_key_than_the_invitations_is_found_out(job: Job, tmp_path: Path)
     with serving(job, tmp_path, ["a"]) as running:
         with running.link("a"):
             impostor(running, trusted.public)
-        link = Link(CLIENTS, running.clients["a"].private, trusted.public, job.digest(), context=running.context)
+        link = Link(Door(CLIENTS), running.clients["a"], trusted.public, job.digest(), context=running.context)
         assert isinstance(fails(link), HandshakeError)
 
 
@@ -127,8 +129,8 @@ def test_brokers_and_servers_of_another_version_say_so(
 def test_a_broker_that_is_not_there_ends_in_a_bounded_wait(job: Job, tmp_path: Path) -> None:
     with serving(job, tmp_path, ["a"]) as running:
         link = Link(
-            "inproc://nobody",
-            running.clients["a"].private,
+            Door("inproc://nobody"),
+            running.clients["a"],
             running.server.public,
             job.digest(),
             connect_timeout_s=0.2,
@@ -234,7 +236,7 @@ def test_a_session_that_never_speaks_is_ended(job: Job, tmp_path: Path) -> None:
             service = running.running.service
             assert service is not None
             service.settings = service.settings.model_copy(update={"silent_session_s": 0.05})
-        with BrokerConnection(running.context, CLIENTS, "client") as connection:
+        with BrokerConnection(running.context, Door(CLIENTS), hello("client")) as connection:
             connection.open(WAIT_S)
             server = key_digest(running.server.public)
             header = Open(version=PROTOCOL_VERSION, session=b"s" * 16, server=server, job=job.digest())

@@ -75,11 +75,12 @@ def _target_tokens(events: list[dict[str, Any]]) -> int:
 def test_a_replica_whose_clients_are_gone_holds_nobody_up(model: Path, tmp_path: Path) -> None:
     """A client is killed in the second of four rounds: the other comes to the end, and both replicas with it."""
     job = job_of(model, 2, 4).model_copy(update={"rounds": Rounds(count=4, local_steps=30)})
+    job = job.model_copy(update={"cohort": job.cohort.model_copy(update={"quorum": 1})})
     sites = [site(tmp_path, name, 8, seed) for seed, name in enumerate(NAMES)]
     out = tmp_path / "run"
     local_run.prepare(job, sites, out)
     with Cluster(out / "logs", local_run.THREADS) as cluster:
-        addresses = local_run.start_broker(cluster)
+        addresses = local_run.start_broker(cluster, out)
         servers = local_run.start_servers(cluster, out, addresses["servers"], 1, replicas=2)
         stays, goes = (local_run.start_client(cluster, out, job, each, addresses["clients"]) for each in sites)
         deadline = time.monotonic() + WAIT_S

@@ -1,6 +1,6 @@
 """What a broker can read (nothing) and do (only delay): a recording broker, and one that attacks every record."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.fidelity import ALL, Case, make_job, random_rows
 from benchmarks.tiny_models import save_tiny_model
+from broker.guard import Guest
 from broker.routing import Peer, Router, Send
 from broker.settings import BrokerSettings
 from launcher.in_process import CLIENTS, Outcome, Site, serving, train_in_process, trunk_tensors
@@ -20,6 +21,7 @@ from shared.job import Job, Wire, WireFormat
 from shared.model.plan import PartName
 from shared.payload.tensors import encode
 from shared.secure.records import Channel
+from shared.wire.curve import Door
 from shared.wire.envelope import Data, Envelope, Frame, parse
 from worker_client.batches import pack_rows
 from worker_client.data import Row
@@ -58,10 +60,10 @@ class RecordingRouter(Router):
         super().__init__(BrokerSettings())
         self.seen = bytearray()
 
-    def handle(self, peer: Peer, frames: list[Frame], now: float) -> list[Send]:  # type: ignore[override]
+    def handle(self, peer: Peer, frames: Sequence[Frame], now: float, guest: Guest | None = None) -> list[Send]:
         for frame in frames:
             self.seen += bytes(frame)
-        return super().handle(peer, frames, now)
+        return super().handle(peer, frames, now, guest)
 
 
 @pytest.mark.parametrize("wire_format", get_args(WireFormat))
@@ -113,8 +115,8 @@ class AttackingRouter(Router):
         self.last: dict[tuple[Peer, bytes], Envelope] = {}
         self.forged = 0
 
-    def handle(self, peer: Peer, frames: list[Frame], now: float) -> list[Send]:  # type: ignore[override]
-        sends = super().handle(peer, frames, now)
+    def handle(self, peer: Peer, frames: Sequence[Frame], now: float, guest: Guest | None = None) -> list[Send]:
+        sends = super().handle(peer, frames, now, guest)
         attacked: list[Send] = []
         for send in sends:
             if isinstance(send.envelope.header, Data):
@@ -186,7 +188,7 @@ def test_an_unknown_key_is_refused_and_others_go_on(job: Job, tmp_path: Path) ->
         with (
             running.link("a"),
             pytest.raises(Refused) as refused,
-            Link(CLIENTS, stranger.private, running.server.public, job.digest(), context=running.context),
+            Link(Door(CLIENTS), stranger, running.server.public, job.digest(), context=running.context),
         ):
             pass
         assert refused.value.reason == "unknown_client"
@@ -195,9 +197,7 @@ def test_an_unknown_key_is_refused_and_others_go_on(job: Job, tmp_path: Path) ->
 def test_another_job_is_refused(job: Job, tmp_path: Path) -> None:
     other = job.model_copy(update={"name": "other"})
     with serving(job, tmp_path, ["a"]) as running:
-        link = Link(
-            CLIENTS, running.clients["a"].private, running.server.public, other.digest(), context=running.context
-        )
+        link = Link(Door(CLIENTS), running.clients["a"], running.server.public, other.digest(), context=running.context)
         with pytest.raises(Refused) as refused, link:
             pass
     assert refused.value.reason == "job_differs"
@@ -206,8 +206,8 @@ def test_another_job_is_refused(job: Job, tmp_path: Path) -> None:
 def test_a_server_that_is_not_there_ends_in_a_bounded_wait(job: Job, tmp_path: Path) -> None:
     with serving(job, tmp_path, ["a"]) as running:
         link = Link(
-            CLIENTS,
-            running.clients["a"].private,
+            Door(CLIENTS),
+            running.clients["a"],
             generate_identity("elsewhere").public,
             job.digest(),
             context=running.context,

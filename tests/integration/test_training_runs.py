@@ -39,6 +39,11 @@ def job_of(model: Path, *, clients: int = 2, rounds: int = 3, steps: int = 3, **
     )
 
 
+def few_suffice(job: Job, **changes: Any) -> Job:
+    """A round goes on as long as a member is left."""
+    return job.model_copy(update={"cohort": job.cohort.model_copy(update={"quorum": 1, **changes})})
+
+
 def sites() -> dict[str, Site]:
     return {name: Site(random_rows(8, seed), random_rows(3, 10 + seed)) for seed, name in enumerate(("a", "b"))}
 
@@ -146,7 +151,7 @@ def test_a_round_that_lost_its_only_client_is_undone_and_ends_bit_equal(model: P
 
 
 def test_a_client_that_vanishes_does_not_stall_the_others_and_may_come_back(model: Path, tmp_path: Path) -> None:
-    job = job_of(model, rounds=4)
+    job = few_suffice(job_of(model, rounds=4))
     clients = sites()
     with serving(job, tmp_path, ["a", "b"]) as running:
         stays = Background("a", lambda: run_until(running, job, "a", clients["a"], tmp_path, None))
@@ -159,8 +164,7 @@ def test_a_client_that_vanishes_does_not_stall_the_others_and_may_come_back(mode
 
 
 def test_a_client_that_hangs_is_left_behind_at_the_deadline(model: Path, tmp_path: Path) -> None:
-    job = job_of(model)
-    job = job.model_copy(update={"cohort": job.cohort.model_copy(update={"deadline_s": 0.3})})
+    job = few_suffice(job_of(model), deadline_s=0.3)
     with serving(job, tmp_path, ["a", "b"]) as running, running.link("b") as hanging:
         joined = Background("b", lambda: RemoteTrunk(hanging, job, WAIT_S).join(3))
         run_until(running, job, "a", sites()["a"], tmp_path, None)

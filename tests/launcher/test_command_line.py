@@ -21,10 +21,11 @@ def invited(folder: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     """A server and a client with keys, an admission and an invitation to a broker that is not there."""
     (folder / "job.yaml").write_text("model_name_or_path: ./model\n")
     for words in (
+        ["keys", "new", "broker"],
         ["keys", "new", "server"],
-        ["keys", "new", "hospital-a"],
+        [*INVITE, "--broker-card", "keys/broker.card"],
+        ["join", "hospital-a.invite"],
         ["admit", "keys/hospital-a.card"],
-        ["invite", "hospital-a", "--job", "job.yaml", "--server", "keys/server.card", "--broker", "tcp://127.0.0.1:9"],
     ):
         assert run(words) == 0
     capsys.readouterr()
@@ -38,7 +39,8 @@ def run(words: list[str]) -> int:
     return ended.value.code
 
 
-SERVER = ["server", "--job", "job.yaml", "--key", "keys/server.key"]
+INVITE = ["invite", "hospital-a", "--job", "job.yaml", "--server", "keys/server.card", "--broker", "tcp://127.0.0.1:9"]
+SERVER = ["server", "--job", "job.yaml", "--key", "keys/server.key", "--broker-card", "keys/broker.card"]
 CLIENT = ["client", "train", "--invite", "hospital-a.invite", "--key", "keys/hospital-a.key", "--data", "rows.jsonl"]
 
 
@@ -51,6 +53,16 @@ CLIENT = ["client", "train", "--invite", "hospital-a.invite", "--key", "keys/hos
         (["keys", "new", "Bad Name"], "is no name"),
         (["keys", "new", "server"], "exists already"),
         (["server", "--job", "none.yaml", "--key", "keys/server.key"], "none.yaml: No such file"),
+        (SERVER[:5], "--broker needs --broker-card"),
+        ([*SERVER, "--plain"], "--broker needs --broker-card"),
+        ([*INVITE, "--out", "2"], "--broker needs --broker-card"),
+        ([*INVITE, "--out", "2", "--broker-card", "keys/server.key"], "keys/server.key"),
+        ([*INVITE[:-1], "tcp://gpu.example:1", "--plain", "--out", "2"], "would leave this machine"),
+        (["broker"], "a broker needs --key"),
+        (["broker", "--key", "keys/broker.key", "--clients", "clients"], "servers is no folder of cards"),
+        (["broker", "--plain", "--clients-address", "tcp://*:5555"], "would leave this machine"),
+        (["join", "hospital-a.invite"], "exists already"),
+        ([*CLIENT, "--out", "o", "--policy", "none.yaml"], "none.yaml: No such file"),
         (SERVER, "no model folder at ./model"),
         (["revoke", "stranger"], "nobody is admitted as stranger"),
         (["demo", "--data", "."], "--data needs --model"),
@@ -108,7 +120,7 @@ def test_a_port_in_use_is_named(folder: Path, capsys: pytest.CaptureFixture[str]
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
-        assert run(["broker", "--clients-address", address, "--servers-address", "tcp://127.0.0.1:*"]) == 2
+        assert run(["broker", "--clients-address", address, "--servers-address", "tcp://127.0.0.1:*", "--plain"]) == 2
     captured = capsys.readouterr()
     assert address in captured.err
     assert "--clients-address" in captured.err

@@ -9,31 +9,24 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from shared.allow_list import AllowList, revoke
+from shared.allow_list import admit as admit_at
 from shared.errors import KeyFileError
-from shared.identity import (
-    MAX_FILE_BYTES,
-    Admitted,
-    Card,
-    Invitation,
-    admit,
-    create_identity,
-    fingerprint,
-    key_digest,
-    load_card,
-    load_identity,
-    load_invitation,
-    revoke,
-    write_invitation,
-)
+from shared.identity import Card, create_identity, fingerprint, key_digest, load_card, load_identity
+from shared.invitations import Invitation, load_invitation, write_invitation
+from shared.key_files import MAX_FILE_BYTES
+from shared.wire.curve import Door
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 PUBLIC = bytes(range(32))
+LINK = bytes(range(32, 64))
 
 
 def invitation(**changes: Any) -> Invitation:
     fields: dict[str, Any] = {
+        "id": "0f" * 16,
         "client": "alice",
-        "brokers": ["tcp://broker.example.org:7000", "tcp://[::1]:7000"],
+        "brokers": [{"address": "tcp://broker.example.org:7000", "key": LINK.hex()}, {"address": "tcp://[::1]:7000"}],
         "server": "trunk",
         "server_public_key": PUBLIC.hex(),
         "job": bytes(32).hex(),
@@ -49,8 +42,16 @@ def edit(path: Path, **changes: Any) -> Path:
     return path
 
 
-def card_in(folder: Path, name: str) -> Path:
-    create_identity(folder / f"home of {name}", name)
+def admit(card: Path, folder: Path) -> Card:
+    return admit_at(card, folder, NOW)
+
+
+def name_of(admitted: AllowList, public: bytes) -> str | None:
+    return admitted.names().get(public)
+
+
+def card_in(folder: Path, name: str, invitation: str | None = None) -> Path:
+    create_identity(folder / f"home of {name}", name, invitation)
     return folder / f"home of {name}" / f"{name}.card"
 
 
@@ -62,8 +63,13 @@ def test_an_identity_can_be_read_again(tmp_path: Path) -> None:
     assert read.private.exchange(peer) == made.private.exchange(peer)
     assert read.public == made.private.public_key().public_bytes_raw()
     assert load_card(tmp_path / "keys" / "alice.card") == Card(
-        name="alice", public_key=made.public.hex(), fingerprint=fingerprint(made.public)
+        name="alice",
+        public_key=made.public.hex(),
+        link_key=made.link.public.hex(),
+        fingerprint=fingerprint(made.public, made.link.public),
     )
+    assert read.link == made.link
+    assert len({made.public, made.link.public, made.link.secret, made.private.private_bytes_raw()}) == 4
 
 
 def test_only_the_owner_can_read_a_key_and_nothing_else_is_left_behind(tmp_path: Path) -> None:
@@ -171,8 +177,8 @@ def test_a_card_whose_key_was_exchanged_is_refused(tmp_path: Path) -> None:
 
 
 def test_fingerprints_are_frozen_and_readable() -> None:
-    assert fingerprint(PUBLIC) == "MMG42-KLGYQ-ZWNEI-SKREL-XMS3J-72BFJ"
-    assert fingerprint(PUBLIC) != fingerprint(bytes(32))
+    assert fingerprint(PUBLIC, LINK) == "7XVLT-LHTOE-BWFPJ-GLDG4-TIU6R-6OHK7"
+    assert len({fingerprint(PUBLIC, LINK), fingerprint(PUBLIC, PUBLIC), fingerprint(LINK, LINK)}) == 3
     assert key_digest(PUBLIC).hex() == "630dcd2966c4336691125448bbb25b4ff412a49c732db2c8abc1b8581bd710dd"
 
 
@@ -180,38 +186,38 @@ def test_admitting_and_revoking_take_effect_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "admitted"
     alice, bob = card_in(tmp_path, "alice"), card_in(tmp_path, "bob")
     admit(alice, folder)
-    admitted = Admitted(folder)
-    assert admitted.lookup(load_card(alice).public) == "alice"
-    assert admitted.lookup(load_card(bob).public) is None
+    admitted = AllowList(folder)
+    assert name_of(admitted, load_card(alice).public) == "alice"
+    assert name_of(admitted, load_card(bob).public) is None
     assert admit(bob, folder).name == "bob"
-    assert admitted.lookup(load_card(bob).public) == "bob"
+    assert name_of(admitted, load_card(bob).public) == "bob"
     revoke("alice", folder)
-    assert admitted.lookup(load_card(alice).public) is None
-    assert admitted.lookup(load_card(bob).public) == "bob"
+    assert name_of(admitted, load_card(alice).public) is None
+    assert name_of(admitted, load_card(bob).public) == "bob"
     revoke("bob", folder)
-    assert admitted.lookup(load_card(bob).public) is None
+    assert name_of(admitted, load_card(bob).public) is None
 
 
 def test_cards_are_read_again_only_when_files_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "admitted"
     public = load_card(admitted_card := card_in(tmp_path, "alice")).public
     admit(admitted_card, folder)
-    admitted = Admitted(folder)
-    assert admitted.lookup(public) == "alice"
-    monkeypatch.setattr("shared.identity.load_card", lambda path: pytest.fail(f"{path} was read again"))
-    assert admitted.lookup(public) == "alice"
+    admitted = AllowList(folder)
+    assert name_of(admitted, public) == "alice"
+    monkeypatch.setattr("shared.allow_list.load_card", lambda path: pytest.fail(f"{path} was read again"))
+    assert name_of(admitted, public) == "alice"
 
 
 def test_a_renewed_card_takes_effect(tmp_path: Path) -> None:
     folder = tmp_path / "admitted"
     old, new = card_in(tmp_path / "old", "alice"), card_in(tmp_path / "new", "alice")
     admit(old, folder)
-    admitted = Admitted(folder)
-    assert admitted.lookup(load_card(old).public) == "alice"
+    admitted = AllowList(folder)
+    assert name_of(admitted, load_card(old).public) == "alice"
     revoke("alice", folder)
     admit(new, folder)
-    assert admitted.lookup(load_card(old).public) is None
-    assert admitted.lookup(load_card(new).public) == "alice"
+    assert name_of(admitted, load_card(old).public) is None
+    assert name_of(admitted, load_card(new).public) == "alice"
 
 
 def test_one_name_has_one_key_and_one_key_has_one_name(tmp_path: Path) -> None:
@@ -234,30 +240,30 @@ def test_an_ambiguous_list_admits_nobody_until_it_is_mended(tmp_path: Path, same
     folder = tmp_path / "admitted"
     alice = card_in(tmp_path / "1", "alice")
     admit(alice, folder)
-    admitted = Admitted(folder)
+    admitted = AllowList(folder)
     public = load_card(alice).public
-    assert admitted.lookup(public) == "alice"
+    assert name_of(admitted, public) == "alice"
     copied = folder / "copied.card"
     copied.write_text((alice if same == "key" else card_in(tmp_path / "2", "alice")).read_text())
     if same == "key":
         edit(copied, name="carol")
     for _ in range(2):
         with pytest.raises(KeyFileError, match="another card too"):
-            admitted.lookup(public)
+            name_of(admitted, public)
     copied.unlink()
-    assert admitted.lookup(public) == "alice"
+    assert name_of(admitted, public) == "alice"
 
 
 def test_a_corrupt_card_admits_nobody_until_it_is_mended(tmp_path: Path) -> None:
     folder = tmp_path / "admitted"
     alice = card_in(tmp_path, "alice")
     admit(alice, folder)
-    admitted = Admitted(folder)
+    admitted = AllowList(folder)
     (folder / "bad.card").write_text("{")
     with pytest.raises(KeyFileError, match=r"bad\.card"):
-        admitted.lookup(load_card(alice).public)
+        name_of(admitted, load_card(alice).public)
     (folder / "bad.card").unlink()
-    assert admitted.lookup(load_card(alice).public) == "alice"
+    assert name_of(admitted, load_card(alice).public) == "alice"
 
 
 def test_revoking_removes_a_card_whatever_its_file_is_called(tmp_path: Path) -> None:
@@ -272,26 +278,30 @@ def test_revoking_removes_a_card_whatever_its_file_is_called(tmp_path: Path) -> 
 
 def test_an_absent_list_is_an_error_not_an_empty_list(tmp_path: Path) -> None:
     with pytest.raises(KeyFileError, match="no folder of cards"):
-        Admitted(tmp_path / "absent").lookup(PUBLIC)
+        AllowList(tmp_path / "absent").cards()
     with pytest.raises(KeyFileError, match="no folder of cards"):
         revoke("alice", tmp_path / "absent")
 
 
 def test_an_invitation_can_be_read_again(tmp_path: Path) -> None:
     path = tmp_path / "alice.invitation"
-    write_invitation(path, invitation())
+    write_invitation(path, invitation(), tmp_path / "clients")
     read = load_invitation(path, NOW)
     assert read == invitation()
     assert read.server_public == PUBLIC
     assert read.job_digest == bytes(32)
+    assert [broker.door for broker in read.brokers] == [
+        Door("tcp://broker.example.org:7000", LINK),
+        Door("tcp://[::1]:7000"),
+    ]
     assert path.stat().st_mode & 0o777 == 0o600
     with pytest.raises(KeyFileError, match="exists already"):
-        write_invitation(path, invitation())
+        write_invitation(path, invitation(), tmp_path / "clients")
 
 
 def test_an_expired_invitation_is_refused_with_its_date(tmp_path: Path) -> None:
     path = tmp_path / "alice.invitation"
-    write_invitation(path, invitation())
+    write_invitation(path, invitation(), tmp_path / "clients")
     load_invitation(path, NOW + timedelta(hours=23, minutes=59))
     with pytest.raises(KeyFileError, match="expired at 2030-01-02 00:00 UTC") as caught:
         load_invitation(path, NOW + timedelta(days=1))
@@ -308,9 +318,12 @@ def test_an_expired_invitation_is_refused_with_its_date(tmp_path: Path) -> None:
         ({"job": "AB" * 32}, "job"),
         ({"server_public_key": "00" * 31}, "server_public_key"),
         ({"brokers": []}, "brokers"),
-        ({"brokers": ["tcp://a:1"] * 17}, "brokers"),
-        ({"brokers": ["ipc:///tmp/socket"]}, "brokers.0"),
-        ({"brokers": ["tcp://no-port"]}, "brokers.0"),
+        ({"brokers": [{"address": "ipc:///tmp/socket"}] * 17}, "brokers"),
+        ({"brokers": [{"address": "http://a:1"}]}, "brokers.0"),
+        ({"brokers": [{"address": "tcp://localhost"}]}, "brokers.0"),
+        ({"brokers": [{"address": "tcp://127.0.0.1:1", "key": "00"}]}, "brokers.0.key"),
+        ({"brokers": [{"address": "tcp://10.0.0.1:1"}]}, "would leave this machine"),
+        ({"brokers": [{"address": "tcp://localhost.example:1"}]}, "would leave this machine"),
         ({"client": "../alice"}, "client"),
         ({"expires_at": "2030-01-02T00:00:00"}, "expires_at"),
         ({"expires_at": "tomorrow"}, "expires_at"),
@@ -318,11 +331,35 @@ def test_an_expired_invitation_is_refused_with_its_date(tmp_path: Path) -> None:
 )
 def test_a_wrong_invitation_gets_one_line_that_names_it(tmp_path: Path, changes: dict[str, Any], line: str) -> None:
     path = tmp_path / "alice.invitation"
-    write_invitation(path, invitation())
+    write_invitation(path, invitation(), tmp_path / "clients")
     with pytest.raises(KeyFileError, match=line) as caught:
         load_invitation(edit(path, **changes), NOW)
     assert caught.value.message.startswith(str(path))
     assert "\n" not in caught.value.message
+
+
+def test_an_invitation_admits_one_card(tmp_path: Path) -> None:
+    folder = tmp_path / "clients"
+    write_invitation(tmp_path / "alice.invite", invitation(), folder)
+    first, second = (card_in(tmp_path / number, "alice", "0f" * 16) for number in ("1", "2"))
+    admit(first, folder)
+    admit(first, folder)
+    assert [path.name for path in folder.iterdir()] == ["alice.card"]
+    revoke("alice", folder)
+    for card in (first, second):
+        with pytest.raises(KeyFileError, match="was used already, or is not from here"):
+            admit(card, folder)
+
+
+def test_an_invitation_admits_whom_it_names_until_it_expires(tmp_path: Path) -> None:
+    folder = tmp_path / "clients"
+    write_invitation(tmp_path / "alice.invite", invitation(), folder)
+    with pytest.raises(KeyFileError, match="answers the invitation of alice"):
+        admit(card_in(tmp_path, "bob", "0f" * 16), folder)
+    card = card_in(tmp_path, "alice", "0f" * 16)
+    with pytest.raises(KeyFileError, match="the invitation of alice expired at 2030-01-02"):
+        admit_at(card, folder, NOW + timedelta(days=1))
+    assert admit(card, folder).name == "alice"
 
 
 def test_a_corrupt_invitation_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from shared.errors import HandshakeError, ModelError, Refused
-from shared.identity import Invitation
+from shared.invitations import BrokerAt, Invitation
 from shared.job import Job
 from shared.model.checkpoint import Checkpoint
 from shared.model.families import context_length
@@ -21,8 +21,9 @@ JOB = Job(model_name_or_path="m")
 
 def invitation(job: Job) -> Invitation:
     return Invitation(
+        id="0" * 32,
         client="anna",
-        brokers=["tcp://localhost:1"],
+        brokers=[BrokerAt(address="tcp://localhost:1")],
         server="server",
         server_public_key="0" * 64,
         job=job.digest().hex(),

@@ -16,7 +16,7 @@ from worker_server.kept import Rows
 from worker_server.sessions import Session
 
 WIDTH = 4
-SESSION = Session(b"s" * 16, "anna", Channel(b"s" * 16, send_key=bytes(32), receive_key=bytes(32)), 0.0)
+SESSION = Session(b"s" * 16, "anna", b"p" * 32, Channel(b"s" * 16, send_key=bytes(32), receive_key=bytes(32)), 0.0)
 
 
 def intake(**wire: WireFormat) -> Intake:

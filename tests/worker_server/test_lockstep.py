@@ -9,6 +9,7 @@ from worker_server.lockstep import Lockstep
 from worker_server.rounds import Plan
 from worker_server.work import (
     Aggregate,
+    Dismiss,
     Finish,
     Instruction,
     Refuse,
@@ -213,6 +214,28 @@ def test_a_resumed_job_goes_on_at_its_round_and_waits_for_all_clients() -> None:
     lockstep = Lockstep(Plan(clients=2, rounds=5, local_steps=1, deadline_s=1), round=3)
     assert lockstep.joined(ticket(A), 0) == []
     assert lockstep.joined(ticket(B), 0) == [StartRound(3, (ticket(A), ticket(B)))]
+
+
+def test_a_round_that_loses_more_than_the_quorum_allows_is_undone_and_waits_for_who_is_missing() -> None:
+    lockstep = Lockstep(Plan(clients=3, rounds=5, local_steps=2, deadline_s=10, quorum=2))
+    for session in (A, B, C):
+        lockstep.joined(ticket(session), 0)
+    step(lockstep, [A, B, C])
+    lockstep.left(C, 0)
+    assert (lockstep.stage, set(lockstep.active)) == ("training", {A, B})
+    assert lockstep.left(B, 0) == [Dismiss((A,)), Restore(0)]
+    assert (lockstep.stage, lockstep.missing) == ("waiting", 2)
+    assert lockstep.joined(ticket(A), 0) == []
+    assert lockstep.missing == 1
+    assert lockstep.joined(ticket(C), 0) == [StartRound(0, (ticket(A), ticket(C)))]
+    assert lockstep.missing == 0
+
+
+def test_a_replica_does_not_end_a_round_without_clients_that_the_quorum_needs() -> None:
+    strict = Lockstep(Plan(clients=1, rounds=5, local_steps=2, deadline_s=10, quorum=1, replicated=True))
+    assert strict.ended_elsewhere() == []
+    easy = Lockstep(Plan(clients=1, rounds=5, local_steps=2, deadline_s=10, quorum=0, replicated=True))
+    assert easy.ended_elsewhere() == [Aggregate(0, ())]
 
 
 def test_a_replica_begins_when_all_have_their_clients() -> None:

@@ -1,7 +1,7 @@
 """The server's sessions without sockets: who is let in, who is not, and that a refusal leaves nothing behind."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 
@@ -21,8 +21,8 @@ STRANGER = generate_identity("anna")
 JOB = b"j" * 32
 
 
-def sessions(limit: int = 4, admitted: Callable[[bytes], str | None] | None = None) -> Sessions:
-    return Sessions(SERVER.private, admitted or {ANNA.public: "anna"}.get, JOB, limit)
+def sessions(limit: int = 4, admitted: Callable[[], Mapping[bytes, str]] | None = None) -> Sessions:
+    return Sessions(SERVER.private, admitted or (lambda: {ANNA.public: "anna"}), JOB, limit)
 
 
 def greeting(
@@ -95,7 +95,7 @@ def test_a_key_that_is_not_admitted_is_refused_whatever_its_name() -> None:
 
 
 def test_unreadable_admissions_admit_nobody_and_tell_nobody_which_file() -> None:
-    def unreadable(_: bytes) -> str | None:
+    def unreadable() -> Mapping[bytes, str]:
         raise KeyFileError("clients/berta.card: not JSON")
 
     with pytest.raises(Refused, match="cannot tell whom it admits") as error:

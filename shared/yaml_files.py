@@ -1,0 +1,71 @@
+"""Settings that people write in YAML: read with bounds, every fault one line that names the setting."""
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from shared.errors import JobError
+
+MAX_FILE_BYTES = 2**20
+# An alias repeats what it names; a few thousand lines of them can stand for more than memory holds.
+MAX_ALIASES = 100
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """A file's settings, not yet checked. `what` it is, such as "job file". Raises JobError."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise JobError(f"{path}: {error.strerror}", hint=f"name the {what}") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise JobError(f"{path}: more than {MAX_FILE_BYTES} bytes are no {what}")
+    try:
+        text = content.decode()
+        if sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)) > MAX_ALIASES:
+            raise JobError(f"{path}: more than {MAX_ALIASES} aliases are no {what}")
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise JobError(f"{path}: not YAML ({' '.join(str(error).split())[:200]})") from None
+    except RecursionError:
+        raise JobError(f"{path}: nested too deeply") from None
+    if not isinstance(values, dict):
+        raise JobError(f"{path}: a {what} is a mapping of settings")
+    return values
+
+
+def validated(values: Any, model: type[Model], source: str) -> Model:
+    """Raises JobError: one line, with the setting's name and, for unknown ones, the nearest."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise JobError(f"{source}: {describe(error, model)}") from None
+    except RecursionError:
+        raise JobError(f"{source}: nested too deeply") from None
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first fault of a validation error in one line; an unknown setting with the nearest known one."""
+    fault = error.errors()[0]
+    where = ".".join(str(part) for part in fault["loc"]) or "settings"
+    if fault["type"] == "extra_forbidden":
+        unknown = str(fault["loc"][-1])
+        near = difflib.get_close_matches(unknown, _known_names(model), n=1, cutoff=0.5)
+        return f"unknown setting '{where}'" + (f"; did you mean '{near[0]}'?" if near else "")
+    return f"{where}: {fault['msg']}"
+
+
+def _known_names(model: type[BaseModel]) -> list[str]:
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        names.append(name)
+        inner = field.annotation
+        for candidate in getattr(inner, "__args__", (inner,)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                names.extend(_known_names(candidate))
+    return names

@@ -1,0 +1,98 @@
+"""What a data owner accepts: each limit refuses by name what is over it, and takes what is not."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.errors import JobError, Refused
+from shared.identity import key_digest
+from shared.invitations import BrokerAt, Invitation
+from shared.job import Job, Rounds, Split, Training
+from worker_client.policy import Policy, check_job, check_server, load_policy
+
+JOB = Job(
+    model_name_or_path="m",
+    split=Split(head_blocks=2, tail_blocks=1),
+    training=Training(per_device_train_batch_size=4),
+    rounds=Rounds(count=5, local_steps=10),
+)
+SERVER = bytes(range(32))
+
+
+@pytest.mark.parametrize(
+    ("policy", "refusal"),
+    [
+        ({"min_head_blocks": 2}, None),
+        ({"min_head_blocks": 3}, "split.head_blocks=2 is less than min_head_blocks=3"),
+        ({"min_tail_blocks": 2}, "split.tail_blocks=1 is less than min_tail_blocks=2"),
+        ({"methods": ["lora"]}, None),
+        ({"methods": ["full"]}, "method.type=lora is not among"),
+        ({"max_rounds": 5}, None),
+        ({"max_rounds": 4}, "rounds.count=5 is more than max_rounds=4"),
+        ({"max_rows": 200}, None),
+        ({"max_rows": 199}, "trains on 200 rows"),
+        ({"least_noise": 0.5}, "adds no noise"),
+        ({"share_updates": False}, "hands out updates of head or tail"),
+    ],
+)
+def test_a_job_that_asks_for_more_is_refused_by_name(policy: dict[str, Any], refusal: str | None) -> None:
+    if refusal is None:
+        check_job(Policy(**policy), JOB)
+        return
+    with pytest.raises(Refused, match=refusal) as refused:
+        check_job(Policy(**policy), JOB)
+    assert refused.value.reason == "policy"
+    assert refused.value.exit_code == 1
+
+
+def test_a_job_that_shares_no_updates_passes() -> None:
+    trunk = JOB.model_copy(update={"training": Training(parts=("trunk",))})
+    check_job(Policy(share_updates=False), trunk)
+
+
+@pytest.mark.parametrize("known", [SERVER.hex(), key_digest(SERVER).hex()])
+def test_a_server_is_known_by_its_key_or_digest(known: str) -> None:
+    invitation = Invitation(
+        id="0" * 32,
+        client="anna",
+        brokers=[BrokerAt(address="tcp://localhost:1")],
+        server="gpu",
+        server_public_key=SERVER.hex(),
+        job="0" * 64,
+        expires_at=datetime.now(UTC),
+    )
+    check_server(Policy(), invitation)
+    check_server(Policy(servers=(known,)), invitation)
+    with pytest.raises(Refused, match=r"its server gpu .* is not among the policy's servers"):
+        check_server(Policy(servers=("1" * 64,)), invitation)
+
+
+def test_a_policy_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text("min_head_blocks: 2\nmethods: [lora]\n")
+    assert load_policy(path) == Policy(min_head_blocks=2, methods=("lora",))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("min_head_block: 2", "did you mean 'min_head_blocks'"),
+        ("max_rounds: none", "max_rounds"),
+        ("servers: [abc]", "servers.0"),
+        ("least_noise: .nan", "least_noise"),
+        ("- 1", "mapping of settings"),
+        ("{", "not YAML"),
+        ("[" * 5000, "nested too deeply|not YAML"),
+        ("a: &a [x]\nb: [" + "*a, " * 200 + "]", "aliases"),
+        ("x: " + "y" * 2**20, "more than 1048576 bytes"),
+    ],
+)
+def test_a_wrong_policy_file_gets_one_line_that_names_it(text: str, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(text)
+    with pytest.raises(JobError, match=line) as error:
+        load_policy(path)
+    assert str(path) in error.value.message
+    assert "\n" not in error.value.message

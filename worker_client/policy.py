@@ -1,0 +1,79 @@
+"""What a data owner accepts, in a file of its own. A job that asks for more is refused before any data is read."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from shared.errors import Refused
+from shared.identity import key_digest
+from shared.invitations import Invitation
+from shared.job import Job
+from shared.key_files import Hex32
+from shared.yaml_files import read_mapping, validated
+
+Blocks = Annotated[int, Field(ge=1, le=1000)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Policy(BaseModel):
+    """Nothing is limited that is not named.
+
+    `max_rows`: over the whole job, a row that is trained on again counted again. `servers`: public keys, or their
+    SHA-256, in hexadecimal. `least_noise`: a job's noise multiplier; jobs have none yet, so more than 0 refuses all.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min_head_blocks: Blocks = 1
+    min_tail_blocks: Blocks = 1
+    methods: tuple[Literal["lora", "full"], ...] | None = None
+    servers: tuple[Hex32, ...] | None = None
+    max_rows: Count | None = None
+    max_rounds: Count | None = None
+    least_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    share_updates: bool = True
+    """False: the head's and the tail's updates stay here, so jobs may train the trunk alone."""
+
+
+def load_policy(path: Path) -> Policy:
+    """Raises JobError."""
+    return validated(read_mapping(path, "policy file"), Policy, str(path))
+
+
+def check_server(policy: Policy, invitation: Invitation) -> None:
+    """Before connecting. Raises Refused (`policy`)."""
+    keys = (invitation.server_public_key, key_digest(invitation.server_public).hex())
+    if policy.servers is not None and not set(keys) & set(policy.servers):
+        raise _refused(f"its server {invitation.server} ({keys[0][:16]}...) is not among the policy's servers")
+
+
+def check_job(policy: Policy, job: Job) -> None:
+    """Before anything is read. Raises Refused (`policy`), naming the setting of the job."""
+    rows = job.total_steps * job.training.per_device_train_batch_size * job.training.gradient_accumulation_steps
+    limits = (
+        (job.split.head_blocks < policy.min_head_blocks, f"split.head_blocks={job.split.head_blocks} is less than "
+         f"min_head_blocks={policy.min_head_blocks}"),
+        (job.split.tail_blocks < policy.min_tail_blocks, f"split.tail_blocks={job.split.tail_blocks} is less than "
+         f"min_tail_blocks={policy.min_tail_blocks}"),
+        (policy.methods is not None and job.method.type not in policy.methods,
+         f"method.type={job.method.type} is not among methods={list(policy.methods or ())}"),
+        (policy.max_rounds is not None and job.rounds.count > policy.max_rounds,
+         f"rounds.count={job.rounds.count} is more than max_rounds={policy.max_rounds}"),
+        (policy.max_rows is not None and rows > policy.max_rows,
+         f"it trains on {rows} rows (rounds.count x rounds.local_steps x batch), more than max_rows={policy.max_rows}"),
+        (policy.least_noise > 0, f"it adds no noise, and least_noise={policy.least_noise:g}"),
+        (not policy.share_updates and bool({"head", "tail"} & set(job.training.parts)),
+         f"training.parts={list(job.training.parts)} hands out updates of head or tail, and share_updates is false"),
+    )  # fmt: skip
+    for exceeded, reason in limits:
+        if exceeded:
+            raise _refused(reason)
+
+
+def _refused(reason: str) -> Refused:
+    return Refused(
+        f"the policy of this site refuses the job: {reason}",
+        reason="policy",
+        hint="ask the operator for another job, or change the policy file if you agree",
+    )
