@@ -48,6 +48,8 @@ class ClientProgress:
                 )
             case "step":
                 self.progress.update(self.task, completed=event["step"] + 1, note=_step_note(event))
+            case "checkpoint_unreadable":
+                self.progress.console.print(f"{event['reason']}; the one before is used")
             case "rounds_missed":
                 self.progress.console.print(f"the others are at round {event['round']}; joining there")
 

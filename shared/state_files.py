@@ -45,6 +45,7 @@ def save(folder: Path, number: int, tensors: Mapping[str, Tensor], facts: Mappin
         (draft / FACTS).write_text(json.dumps(document, indent=1, sort_keys=True))
         for name in (TENSORS, FACTS):
             _flush(draft / name)
+        _flush(draft)
         if target.exists():
             shutil.rmtree(target)
         draft.rename(target)

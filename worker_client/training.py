@@ -19,8 +19,8 @@ from worker_client.head_tail import NO_SCORE, HeadTail, Score
 from worker_client.remote_trunk import Boundary, RemoteTrunk
 from worker_client.steps import Report, Steps
 
-# Two to go back to: a server killed while it averaged begins its last round anew.
-KEPT_CHECKPOINTS = 2
+# A server killed while it averaged begins its last round anew; one whose last checkpoint is corrupt, the one before that.
+KEPT_CHECKPOINTS = 3
 
 
 @dataclass
@@ -111,20 +111,34 @@ class Training:
         load_trained(self.parts.parameters, boundary.averages)
 
     def _resume(self) -> None:
-        """Continue from the newest checkpoint in `out`, or begin with `checkpoint-0`. Raises CheckpointError."""
+        """Continue from the newest readable checkpoint in `out`, or begin with `checkpoint-0`.
+
+        Raises CheckpointError if there are some and none is readable, or they are another job's.
+        """
         available = state_files.numbers(self.out)
-        if available:
-            self._load(available[-1])
-        else:
+        if not available:
             self._save()
+        for number in reversed(available):
+            try:
+                self._load(number)
+            except CheckpointError as error:
+                if number == available[0]:
+                    raise
+                self.report({"event": "checkpoint_unreadable", "number": number, "reason": error.message})
+                continue
+            return
 
     def _align(self, round: int) -> None:
         """Be where the server is: at the state after `round` rounds of local steps."""
         if round == self.completed:
             return
         if round in state_files.numbers(self.out):
-            self._load(round)
-            return
+            try:
+                self._load(round)
+            except CheckpointError as error:
+                self.report({"event": "checkpoint_unreadable", "number": round, "reason": error.message})
+            else:
+                return
         # The averages still come from the server; this client's optimizer continues from where it was.
         self.report({"event": "rounds_missed", "completed": self.completed, "round": round})
         self.completed = round

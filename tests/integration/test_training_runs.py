@@ -136,6 +136,50 @@ def test_stopped_between_the_clients_checkpoints_and_the_average_it_ends_bit_equ
     assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
 
 
+def stopped_after_two_rounds(job: Job, folder: Path) -> None:
+    """Server and clients killed in the third round: three checkpoints at clients, two at the server."""
+    with serving(job, folder, ["a", "b"]) as running:
+        clients = [
+            Background(n, lambda n=n, s=s: run_until(running, job, n, s, folder, (2, 7))) for n, s in sites().items()
+        ]
+        for client in clients:
+            with pytest.raises(Interrupted):
+                client.join()
+
+
+def spoil(folder: Path) -> int:
+    """The newest checkpoint's tensors are cut off."""
+    number = state_files.numbers(folder)[-1]
+    path = folder / f"checkpoint-{number}" / state_files.TENSORS
+    path.write_bytes(path.read_bytes()[:-1])
+    return number
+
+
+def test_a_corrupt_last_checkpoint_of_the_server_costs_a_round_and_nothing_else(model: Path, tmp_path: Path) -> None:
+    job = job_of(model)
+    whole = results(tmp_path / "whole", train_in_process(job, sites(), tmp_path / "whole"))
+    folder = tmp_path / "cut"
+    stopped_after_two_rounds(job, folder)
+    assert spoil(folder / "server-state") == 2
+    resumed = train_in_process(job, sites(), folder)
+    again = results(folder, resumed)
+    assert [event["round"] for event in resumed["a"].events if event["event"] == "round"] == [1, 2]
+    assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
+def test_a_corrupt_last_checkpoint_of_a_client_is_said_and_the_one_before_used(model: Path, tmp_path: Path) -> None:
+    job, folder = job_of(model), tmp_path / "cut"
+    stopped_after_two_rounds(job, folder)
+    assert spoil(folder / "a") == 2
+    events = train_in_process(job, sites(), folder)["a"].events
+    assert [event["event"] for event in events if event["event"] != "step"][:5] == [
+        "checkpoint_unreadable", "resumed", "checkpoint_unreadable", "rounds_missed", "round",
+    ]  # fmt: skip
+    assert (events[0]["number"], events[1]["round"]) == (2, 1)
+    assert "checkpoint-2" in events[0]["reason"]
+    assert events[-1]["event"] == "finished"
+
+
 def test_a_round_that_lost_its_only_client_is_undone_and_ends_bit_equal(model: Path, tmp_path: Path) -> None:
     job = job_of(model, clients=1)
     only = {"a": sites()["a"]}
