@@ -74,7 +74,7 @@ class Cluster:
         """`flglm <arguments> --format jsonl` as a process; its log goes to `<logs>/<name>.log`."""
         log = self.logs / f"{name}.log"
         command = [sys.executable, "-m", "launcher.main", *arguments, "--format", "jsonl"]
-        with log.open("w") as stderr:
+        with log.open("a") as stderr:
             process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL, text=True,
                 env=self.environment, start_new_session=True,

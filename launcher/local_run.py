@@ -137,46 +137,64 @@ def prepare(job: Job, sites: list[Site], out: Path) -> None:
 def start_broker(cluster: Cluster, out: Path, plain: bool = False) -> dict[str, Any]:
     """A broker on free ports; its `clients` and `servers` addresses."""
     anywhere = "tcp://127.0.0.1:*"
-    arguments = ["broker", "--clients-address", anywhere, "--servers-address", anywhere]
-    arguments += ["--plain"] if plain else [
-        "--key", str(out / "keys" / "broker.key"), "--clients", str(out / "clients"), "--servers", str(out / "servers"),
-    ]  # fmt: skip
-    return cluster.wait_for(cluster.start("broker", "broker", arguments), "ready", READY_S)
+    broker = cluster.start("broker", "broker", broker_words(out, anywhere, anywhere, plain))
+    return cluster.wait_for(broker, "ready", READY_S)
 
 
 def start_servers(
     cluster: Cluster, out: Path, broker: str, threads: int, replicas: int = 1, plain: bool = False
 ) -> list[Role]:
     """The server, or its replicas, which meet at a free port."""
-    arguments = [
-        "server", "--job", str(out / "job.yaml"), "--key", str(out / "keys" / "server.key"),
-        "--clients", str(out / "clients"), "--broker", broker, "--state", str(out / "server-state"),
-        "--threads", str(threads), *(["--plain"] if plain else ["--broker-card", str(out / "keys" / "broker.card")]),
-    ]  # fmt: skip
+    words = server_words(out, broker, threads, plain)
     if replicas == 1:
-        return [cluster.start("server", "server", arguments)]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        rendezvous = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    arguments += ["--replicas", str(replicas), "--rendezvous", rendezvous]
+        return [cluster.start("server", "server", words)]
+    words += ["--replicas", str(replicas), "--rendezvous", f"tcp://127.0.0.1:{free_port()}"]
     return [
-        cluster.start("server", f"server-{number}", [*arguments, "--replica", str(number)])
-        for number in range(replicas)
+        cluster.start("server", f"server-{number}", [*words, "--replica", str(number)]) for number in range(replicas)
     ]
 
 
 def start_client(cluster: Cluster, out: Path, job: Job, site: Site, broker: str, plain: bool = False) -> Role:
-    arguments = [
+    return cluster.start("client", site.name, client_words(out, job, site, broker, plain))
+
+
+def broker_words(out: Path, clients: str, servers: str, plain: bool = False) -> list[str]:
+    """The command of a broker with these addresses."""
+    keys = [
+        "--key", str(out / "keys" / "broker.key"), "--clients", str(out / "clients"), "--servers", str(out / "servers"),
+    ]  # fmt: skip
+    return ["broker", "--clients-address", clients, "--servers-address", servers, *(["--plain"] if plain else keys)]
+
+
+def server_words(out: Path, broker: str, threads: int, plain: bool = False) -> list[str]:
+    """The command of a server of `prepare`'s job."""
+    return [
+        "server", "--job", str(out / "job.yaml"), "--key", str(out / "keys" / "server.key"),
+        "--clients", str(out / "clients"), "--broker", broker, "--state", str(out / "server-state"),
+        "--threads", str(threads), *(["--plain"] if plain else ["--broker-card", str(out / "keys" / "broker.card")]),
+    ]  # fmt: skip
+
+
+def client_words(out: Path, job: Job, site: Site, broker: str, plain: bool = False) -> list[str]:
+    """The command of a client of that job, whose invitation is written."""
+    words = [
         "client", "train", "--invite", str(_invite(out, job, site, broker, plain)),
         "--key", str(out / "keys" / f"{site.name}.key"), "--data", str(site.train),
         "--out", str(out / "results" / site.name), "--threads", "1",
         "--validation-fraction", str(VALIDATION_FRACTION), "--connect-timeout", str(READY_S),
     ]  # fmt: skip
-    if site.validation is not None:
-        arguments += ["--validation", str(site.validation)]
-    return cluster.start("client", site.name, arguments)
+    return words if site.validation is None else [*words, "--validation", str(site.validation)]
+
+
+def free_port() -> int:
+    """A TCP port of this machine that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
 
 
 def _invite(out: Path, job: Job, site: Site, broker: str, plain: bool) -> Path:
+    """The site is admitted already: nobody has to answer it."""
     card = load_card(out / "keys" / "server.card")
     path = out / "keys" / f"{site.name}.invite"
     path.unlink(missing_ok=True)
@@ -190,7 +208,7 @@ def _invite(out: Path, job: Job, site: Site, broker: str, plain: bool) -> Path:
         job=job.digest().hex(),
         expires_at=datetime.now(UTC) + timedelta(days=1),
     )
-    write_invitation(path, invitation, out / "clients")
+    write_invitation(path, invitation, None)
     return path
 
 

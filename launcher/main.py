@@ -36,6 +36,7 @@ app.command("admit")(people.admit_card)
 app.command("revoke")(people.revoke_client)
 app.command("broker")(roles.broker)
 app.command("server")(roles.server)
+app.command("up")(roles.up)
 app.add_typer(client, name="client")
 client.command("train")(roles.client_train)
 

@@ -1,6 +1,7 @@
 """The commands that run a role in the foreground: broker, server, client. SIGTERM and Ctrl-C end them in good order."""
 
 import signal
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -123,6 +124,26 @@ def server(
             "peak_memory_bytes": peak_memory_bytes(),
         },
     )
+
+
+def up(
+    plan: Annotated[Path, typer.Argument(help="a YAML file: roles, each the words of a flglm command")],
+    logs: Annotated[Path, typer.Option("--logs", help="folder for the roles' logs")] = Path("logs"),
+    format: FormatOption = Format.TXT,
+) -> None:
+    """Run several roles on this machine, and start again what dies, until servers and clients are done."""
+    from launcher.cluster import Cluster
+    from launcher.supervisor import Supervisor, load_plan
+
+    loaded = load_plan(plan)
+    _on_signals(_interrupt)
+    with Cluster(logs) as cluster:
+        supervisor = Supervisor(cluster, loaded.roles, lambda line: print(line, file=sys.stderr))
+        while not supervisor.done:
+            for role, event in cluster.events(0.2):
+                emit(format, {"role": role.name, **event})
+            supervisor.turn()
+    succeed(format, f"done, {supervisor.restarts} restarts", {"restarts": supervisor.restarts})
 
 
 def client_train(

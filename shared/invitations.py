@@ -71,9 +71,14 @@ def new_id() -> str:
     return os.urandom(16).hex()
 
 
-def write_invitation(path: Path, invitation: Invitation, directory: Path) -> None:
-    """Write a new file that only its owner can read, and the note to `directory`. Raises KeyFileError."""
+def write_invitation(path: Path, invitation: Invitation, directory: Path | None) -> None:
+    """Write a new file that only its owner can read, and the note to `directory`, unless no card is to answer it.
+
+    Raises KeyFileError.
+    """
     create(path, invitation.model_dump_json(indent=1), mode=0o600)
+    if directory is None:
+        return
     note = _Invited(client=invitation.client, expires_at=invitation.expires_at)
     create(_note(directory, invitation.id), note.model_dump_json(indent=1), mode=0o600)
 

@@ -19,7 +19,7 @@ from worker_client.head_tail import NO_SCORE, HeadTail, Score
 from worker_client.remote_trunk import Boundary, RemoteTrunk
 from worker_client.steps import Report, Steps
 
-# A server killed while it averaged begins its last round anew; one whose last checkpoint is corrupt, the one before that.
+# A server killed while it averaged begins its last round anew; one with a corrupt last checkpoint, the round before.
 KEPT_CHECKPOINTS = 3
 
 
