@@ -29,7 +29,7 @@ from shared.job import Job, Rounds
 NAMES = ("north", "valley", "coast")
 ROLES = ("broker", "server", *NAMES)
 PAUSE_S = 7.0
-LIMIT_S = 1200.0
+LIMIT_S = 600.0
 LOCAL_STEPS = 25
 
 
@@ -107,7 +107,7 @@ def main() -> None:
         folder = Path(name)
         model = save_tiny_model("llama", folder / "model")
         save_word_tokenizer(model)
-        rounds = max(4, int(given.seconds / 3))
+        rounds = max(4, int(given.seconds / 2))
         job = make_job(model, Case(ALL, len(NAMES)))
         job = job.model_copy(update={"rounds": Rounds(count=rounds, local_steps=LOCAL_STEPS, evaluate_every=rounds)})
         rows = sites(folder)
@@ -117,12 +117,14 @@ def main() -> None:
         seconds = time.monotonic() - began
         one, other = trained(folder / "calm"), trained(folder / "chaos")
     assert one.keys() == other.keys()
-    difference = max(float((one[key] - other[key]).abs().max()) for key in one)
+    differences = {key: float((one[key] - other[key]).abs().max()) for key in one}
+    difference = max(differences.values())
     figures = {
         "kills": sum(kills.values()),
         "kills_by_role": dict(kills),
         "work_lost": lost,
         "max_adapter_difference": difference,
+        "unequal": sorted(key for key, value in differences.items() if value > 0),
         "rounds": rounds,
         "seconds": seconds,
         "seconds_undisturbed": calm.seconds,

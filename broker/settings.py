@@ -7,12 +7,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from shared.wire.envelope import Seconds
 
 Positive = Annotated[int, Field(ge=1)]
+PerSecond = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class BrokerSettings(BaseModel):
     """Addresses to bind (`tcp://*:5555`, `tcp://127.0.0.1:*`, `ipc://...`), times and limits."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     frontend: str = "tcp://127.0.0.1:5555"
     """Where clients connect."""
@@ -28,9 +29,9 @@ class BrokerSettings(BaseModel):
     """Open sessions of one client connection."""
     max_connections_per_worker: Positive = 16
     """Connections of one admitted client or server."""
-    max_messages_per_s: Seconds = 20_000.0
+    max_messages_per_s: PerSecond = 20_000.0
     """What one worker may send; what is more waits."""
-    max_bytes_per_s: Seconds = 2.0**31
+    max_bytes_per_s: PerSecond = 2.0**31
     """The same, in bytes."""
     max_waiting: Positive = 256
     """Messages of one worker that may wait before it loses its connection."""

@@ -50,8 +50,9 @@ def validated(values: Any, model: type[Model], source: str) -> Model:
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first fault of a validation error in one line; an unknown setting with the nearest known one."""
-    fault = error.errors()[0]
+    """One fault of a validation error in one line, an unknown setting first, with the nearest known one."""
+    faults = error.errors()
+    fault = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     where = ".".join(str(part) for part in fault["loc"]) or "settings"
     if fault["type"] == "extra_forbidden":
         unknown = str(fault["loc"][-1])

@@ -19,7 +19,7 @@ from shared.model.checkpoint import Checkpoint, Fingerprint
 from shared.model.families import context_length
 from shared.payload.messages import Welcome
 from worker_client.data import LoadedRows, Row, load_rows, split_validation
-from worker_client.head_tail import HeadTail, Score, load_client_parts
+from worker_client.head_tail import NO_SCORE, HeadTail, Score, load_client_parts
 from worker_client.link import Link
 from worker_client.policy import Policy, check_job, check_server
 from worker_client.remote_trunk import RemoteTrunk
@@ -31,6 +31,7 @@ from worker_client.way import Way
 GRACE_S = 60.0
 WAIT_FOR_ROUND_S = 3600.0
 ACCEPT_ALL = Policy()
+RESULT = "flglm.json"
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ def run_client(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     check_server(settings.policy, invitation)
+    if (score := finished_before(settings.out, invitation)) is not None:
+        report({"event": "finished_before", "out": str(settings.out)})
+        return Result(score if score.tokens else None, 0, 0)
     way = Way(invitation, identity, settings.connect_timeout_s, settings.reconnect_s, context)
     site: Site | None = None
 
@@ -88,10 +92,10 @@ def run_client(
             with way.link() as link:
                 site = site or _prepare(settings, invitation, link, report)
                 score = site.train(link, settings.out, heard)
+                _write_result(settings.out, site.job, site.parts, score)
                 break
         except ConnectionFailed as error:
             way.broke(error, once_there=site is not None)
-    _write_result(settings.out, site.job, site.parts)
     return Result(score, way.bytes_up, way.bytes_down)
 
 
@@ -178,9 +182,26 @@ def _rows(
     return train, held_out, loaded
 
 
-def _write_result(out: Path, job: Job, parts: HeadTail) -> None:
+def finished_before(out: Path, invitation: Invitation) -> Score | None:
+    """The score in `out`, if a run of this very job came to its end there. What `_write_result` writes last counts."""
+    try:
+        document = json.loads((out / RESULT).read_text())
+        if document["job_digest"] != invitation.job:
+            return None
+        return NO_SCORE if document["score"] is None else Score(**document["score"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_result(out: Path, job: Job, parts: HeadTail, score: Score | None) -> None:
     """`trained.safetensors`: what was trained in head and tail, by name in the whole model; `flglm.json`: the job."""
     tensors = {name: parameter.detach().contiguous() for name, parameter in parts.parameters.items()}
     save_file(tensors, out / "trained.safetensors")
-    document = {"job": job.model_dump(mode="json"), "job_digest": job.digest().hex()}
-    (out / "flglm.json").write_text(json.dumps(document, indent=2) + "\n")
+    document = {
+        "job": job.model_dump(mode="json"),
+        "job_digest": job.digest().hex(),
+        "score": None if score is None else vars(score),
+    }
+    draft = out / f".{RESULT}.draft"
+    draft.write_text(json.dumps(document, indent=2) + "\n")
+    draft.replace(out / RESULT)

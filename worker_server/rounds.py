@@ -71,6 +71,7 @@ class Rounds(ABC):
         self.lobby: dict[bytes, Ticket] = {}
         self.active: dict[bytes, str] = {}
         self.updates: dict[bytes, Ticket] = {}
+        self.last_members: frozenset[str] = frozenset()
         self.updating_since: float | None = None
         self.works = 0
 
@@ -183,6 +184,7 @@ class Rounds(ABC):
     def aggregation_done(self) -> list[Instruction]:
         self.round += 1
         answers = [t for s, t in self.updates.items() if s in self.active]
+        self.last_members = frozenset(ticket.client for ticket in self.updates.values())
         self.active, self.updates, self.updating_since = {}, {}, None
         if self.round >= self.plan.rounds:
             self.stage = "finished"

@@ -107,6 +107,8 @@ class Service:
         self.finished_at: float | None = None
         self.next_look = 0.0
         self.stranded: set[bytes] = set()
+        # Members of the last round that have not yet taken its result: they may have been killed, and come back.
+        self.owed: set[str] = set()
 
     def stop(self) -> None:
         """From any thread or a signal handler: finish the work at hand and return from `run()`."""
@@ -169,7 +171,7 @@ class Service:
         if self.finished_at is None:
             self.finished_at = now
         nobody_left = self.counters["sessions_closed"] > 0 and not list(self.sessions)
-        return nobody_left or now - self.finished_at > self.settings.farewell_s
+        return (nobody_left and not self.owed) or now - self.finished_at > self.settings.farewell_s
 
     # What arrives
 
@@ -254,6 +256,8 @@ class Service:
             return
         self.brokers.routes.pop(session_id, None)
         self.counters["sessions_closed"] += 1
+        if code == "left" and self.rounds.stage == "finished":
+            self.owed.discard(session.client)
         event(logger, "session_closed", session=session_id, client=session.client, code=code)
         self.inference.left(session_id)
         self._carry_out(self.inference.release(self.streams.left(session_id)))
@@ -281,6 +285,8 @@ class Service:
                     event(logger, "round_started", round=round_, clients=len(answers))
                     self._send_averages(answers, round_)
                 case Finish(answers):
+                    if self.finished_at is None:
+                        self.owed = set(self.rounds.last_members)
                     event(logger, "job_finished", rounds=self.rounds.round)
                     self._send_averages(answers, None)
                 case Refuse(session_id, request, code, text):

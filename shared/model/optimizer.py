@@ -56,10 +56,11 @@ class PartOptimizer:
         return state
 
     def load_state(self, state: Mapping[str, Tensor], steps: float) -> None:
-        """Continue from `state()`, taken when the schedule was at `steps`."""
+        """Continue from `state()`, taken at `steps` of the schedule; an unfinished step's gradients are dropped."""
         self.steps = steps
         if not self.parameters:
             return
+        self.adamw.zero_grad(set_to_none=True)
         self.adamw.state.clear()
         for name, parameter in self.parameters.items():
             fields = {
