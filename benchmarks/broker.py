@@ -21,6 +21,7 @@ from broker.guard import Guard
 from broker.service import Broker
 from broker.settings import BrokerSettings
 from shared.allow_list import admit
+from shared.heap import keep_freed_memory
 from shared.identity import create_identity, key_digest, load_identity
 from shared.wire.connection import BrokerConnection, hello
 from shared.wire.curve import Door, use_as_broker, use_as_worker
@@ -37,6 +38,7 @@ def between(kind: str, curve: bool, keys: Path, addresses: Any) -> None:
     anywhere = "tcp://127.0.0.1:*"
     identity = load_identity(keys / "keys" / "broker.key")
     if kind == "broker":
+        keep_freed_memory()  # as its command does
         guard = Guard(identity.link, keys / "clients", keys / "servers") if curve else None
         settings = BrokerSettings(frontend=anywhere, backend=anywhere, max_bytes_per_s=2.0**40)
         with Broker(settings, guard=guard) as broker:

@@ -13,6 +13,7 @@ from broker.guard import Guard
 from broker.service import Broker
 from broker.settings import BrokerSettings
 from shared.errors import FlglmError, UsageError
+from shared.heap import keep_freed_memory
 from shared.identity import load_identity
 from shared.logs import configure
 
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--log-format", choices=("txt", "json"), help="text on a terminal, JSON lines elsewhere")
     given = parser.parse_args(arguments)
     configure("broker", format=given.log_format)
+    keep_freed_memory()
     if (given.key is None) != given.plain:
         parser.error("give --key, or --plain on one machine")
     try:

@@ -17,6 +17,7 @@ Rules
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from broker.guard import Guest, Side
 from broker.settings import BrokerSettings
@@ -38,17 +39,17 @@ from shared.wire.envelope import (
     parse,
 )
 
+UP, DOWN = ("messages_up", "bytes_up"), ("messages_down", "bytes_down")
 
-@dataclass(frozen=True)
-class Peer:
+
+class Peer(NamedTuple):
     """A connection: which socket, and ROUTER's name for it."""
 
     side: Side
     id: bytes
 
 
-@dataclass(frozen=True)
-class Send:
+class Send(NamedTuple):
     to: Peer
     envelope: Envelope
 
@@ -211,9 +212,9 @@ class Router:
         return [Send(session.other(peer), envelope)]
 
     def _pass_on(self, to: Peer, envelope: Envelope) -> Send:
-        direction = "up" if to.side == "server" else "down"
-        self.counters[f"messages_{direction}"] += 1
-        self.counters[f"bytes_{direction}"] += sum(memoryview(frame).nbytes for frame in envelope.body)
+        messages, size = UP if to.side == "server" else DOWN
+        self.counters[messages] += 1
+        self.counters[size] += sum(map(len, envelope.body))
         return Send(to, envelope)
 
     def _end(self, session_id: bytes) -> Session:

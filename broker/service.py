@@ -100,10 +100,12 @@ class Broker:
         next_tick = next_look = time.monotonic()
         while not self._stopping:
             wait_s = min(HELD_S if self.throttle.holds else MAX_WAIT_S, max(0.0, next_tick - time.monotonic()))
-            poller.poll(int(wait_s * 1000) + 1)
-            self.waker.drain()
-            for side in self.sockets:
-                self._receive(side)
+            ready = dict(poller.poll(int(wait_s * 1000) + 1))
+            if self.waker.reader.fileno() in ready:
+                self.waker.drain()
+            for side, socket in self.sockets.items():
+                if socket in ready:
+                    self._receive(side)
             now = time.monotonic()
             for received in self.throttle.due(now):
                 self._handle(received, now)

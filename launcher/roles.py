@@ -50,6 +50,7 @@ def broker(
     from broker.settings import BrokerSettings
 
     configure("broker", verbose=verbose)
+    keep_freed_memory()
     if (key is None) != plain:
         raise UsageError("a broker needs --key", hint="make one with 'flglm keys new broker', or say --plain")
     guard = None if key is None else Guard(load_identity(key).link, clients, servers)

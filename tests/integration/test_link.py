@@ -49,7 +49,7 @@ class ChangingRouter(Router):
 
     def handle(self, peer: Peer, frames: Sequence[Frame], now: float, guest: Guest | None = None) -> list[Send]:
         return [
-            replace(send, envelope=self.change(send.envelope)) if isinstance(send.envelope.header, self.kind) else send
+            send._replace(envelope=self.change(send.envelope)) if isinstance(send.envelope.header, self.kind) else send
             for send in super().handle(peer, frames, now, guest)
         ]
 
