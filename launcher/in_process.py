@@ -123,6 +123,16 @@ def serving(
     context.term()
 
 
+def train_one(running: Serving, name: str, site: Site, folder: Path) -> Outcome:
+    """The admitted client `name` to the end of the job."""
+    events: list[dict[str, Any]] = []
+    parts = load_client_parts(Checkpoint(running.job.model_name_or_path), running.job)
+    with running.link(name) as link:
+        trunk = RemoteTrunk(link, running.job, JOIN_S)
+        Training(running.job, parts, trunk, site.train, site.validation, folder / name, events.append).run()
+    return Outcome(events, parts)
+
+
 def train_in_process(
     job: Job, sites: Mapping[str, Site], folder: Path, router: Router | None = None, **server_settings: Any
 ) -> dict[str, Outcome]:
@@ -130,12 +140,7 @@ def train_in_process(
     outcomes: dict[str, Outcome] = {}
 
     def run(running: Serving, name: str, site: Site) -> None:
-        events: list[dict[str, Any]] = []
-        parts = load_client_parts(Checkpoint(job.model_name_or_path), job)
-        with running.link(name) as link:
-            trunk = RemoteTrunk(link, job, JOIN_S)
-            Training(job, parts, trunk, site.train, site.validation, folder / name, events.append).run()
-        outcomes[name] = Outcome(events, parts)
+        outcomes[name] = train_one(running, name, site, folder)
 
     with serving(job, folder, sorted(sites), router, **server_settings) as running:
         threads = [Background(name, lambda n=name, s=site: run(running, n, s)) for name, site in sites.items()]

@@ -48,6 +48,8 @@ class ClientProgress:
                 )
             case "step":
                 self.progress.update(self.task, completed=event["step"] + 1, note=_step_note(event))
+            case "finished_before":
+                self.progress.console.print(f"this job was finished before: its result is in {event['out']}")
             case "checkpoint_unreadable":
                 self.progress.console.print(f"{event['reason']}; the one before is used")
             case "rounds_missed":

@@ -18,7 +18,7 @@ from shared.errors import CheckpointError, DataError, HandshakeError, ModelError
 from shared.invitations import BrokerAt, Invitation
 from shared.job import Job
 from shared.model.checkpoint import Checkpoint
-from worker_client.client import ClientSettings, Result, run_client
+from worker_client.client import ClientSettings, Result, finished_before, run_client
 from worker_client.head_tail import load_client_parts
 
 
@@ -44,8 +44,8 @@ def running(job: Job, tmp_path: Path) -> Iterator[Serving]:
         yield made
 
 
-def run(running: Serving, settings: ClientSettings, events: list[dict[str, Any]] | None = None) -> Result:
-    invitation = Invitation(
+def invitation_of(running: Serving) -> Invitation:
+    return Invitation(
         id="0" * 32,
         client="anna",
         brokers=[BrokerAt(address="tcp://localhost:1")],
@@ -54,8 +54,11 @@ def run(running: Serving, settings: ClientSettings, events: list[dict[str, Any]]
         job=running.job.digest().hex(),
         expires_at=datetime.now(UTC),
     ).model_copy(update={"brokers": [BrokerAt.model_construct(address=CLIENTS)]})
+
+
+def run(running: Serving, settings: ClientSettings, events: list[dict[str, Any]] | None = None) -> Result:
     seen = [] if events is None else events
-    return run_client(settings, invitation, running.clients["anna"], seen.append, running.context)
+    return run_client(settings, invitation_of(running), running.clients["anna"], seen.append, running.context)
 
 
 def test_a_run_ends_with_the_trained_parts_on_disk(running: Serving, data: Path, tmp_path: Path) -> None:
@@ -82,6 +85,31 @@ def test_a_run_ends_with_the_trained_parts_on_disk(running: Serving, data: Path,
     document = json.loads((out / "flglm.json").read_text())
     assert Job.model_validate(document["job"]) == running.job
     assert document["job_digest"] == running.job.digest().hex()
+
+
+def test_started_again_after_the_end_it_says_so_and_needs_nobody(running: Serving, data: Path, tmp_path: Path) -> None:
+    settings = ClientSettings(data=data, out=tmp_path / "out", validation_fraction=0.2)
+    first = run(running, settings)
+    running.service.join()
+    before = (tmp_path / "out" / "trained.safetensors").read_bytes()
+    events: list[dict[str, Any]] = []
+    again = run(running, settings, events)
+    assert [event["event"] for event in events] == ["finished_before"]
+    assert again.score == first.score
+    assert (again.bytes_up, again.bytes_down) == (0, 0)
+    assert (tmp_path / "out" / "trained.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, "{", "[]", '{"job_digest": "0"}', '{"job_digest": "JOB"}', '{"job_digest": "JOB", "score": {"loss": 1}}'],
+)
+def test_what_is_no_result_of_this_job_does_not_count_as_its_end(
+    content: str | None, running: Serving, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "flglm.json").write_text(content.replace("JOB", running.job.digest().hex()))
+    assert finished_before(tmp_path, invitation_of(running)) is None
 
 
 @pytest.mark.parametrize(("own", "expected"), [(True, 3), (False, None)])
