@@ -38,7 +38,7 @@ from shared.wire.curve import Door
 from shared.wire.envelope import Accept, Close, Data, Envelope, Frame, Hello, Open, Ping, pack
 
 BATCH = 100
-WAIT_S = 5.0
+WAIT_S = 30.0
 BOMBS = (
     b"\x91" * 4000,
     b"\xdf\xff\xff\xff\xff",
