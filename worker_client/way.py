@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import zmq
 
-from shared.errors import ConnectionFailed
+from shared.errors import ConnectionFailed, HandshakeError
 from shared.identity import Identity
 from shared.invitations import Invitation
 from shared.logs import event
@@ -61,11 +61,14 @@ class Way:
         self._pause_s = FIRST_PAUSE_S
 
     def broke(self, error: ConnectionFailed, *, once_there: bool) -> None:
-        """Wait a little before the next try. Raises `error` if there was no link yet, or it is time to give up."""
+        """Wait a little before the next try.
+
+        Raises `error` if there was no link yet, it is time to give up, or somebody is not who he should be.
+        """
         now = time.monotonic()
         if self._broken_since is None:
             self._broken_since = now
-        if not once_there or now - self._broken_since > self.reconnect_s:
+        if isinstance(error, HandshakeError) or not once_there or now - self._broken_since > self.reconnect_s:
             raise error
         event(logger, "connection_lost", level=logging.WARNING, reason=error.message, next_try_s=self._pause_s)
         time.sleep(self._pause_s)

@@ -11,7 +11,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from shared import PROTOCOL_VERSION
-from shared.errors import ConnectionFailed, EnvelopeError, FrameError
+from shared.errors import ConnectionFailed, EnvelopeError, FrameError, HandshakeError
 from shared.logs import event
 from shared.wire.curve import Door, LinkKeys, use_as_worker
 from shared.wire.envelope import Close, Envelope, Hello, Ping, Pong, Welcome, pack, parse
@@ -115,11 +115,11 @@ class BrokerConnection:
         self._welcomed(envelope.header)
 
     def check_door(self) -> None:
-        """Raises ConnectionFailed if the link's handshake has failed since the last look."""
+        """Raises HandshakeError or ConnectionFailed if the link's handshake has failed since the last look."""
         while self._trouble is not None and self._trouble.poll(0):
             failure = recv_monitor_message(self._trouble)["event"]
             if failure == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                raise ConnectionFailed(
+                raise HandshakeError(
                     f"the broker at {self.address} does not admit this key",
                     hint="send your card to the broker's operator, who types flglm admit",
                 )
