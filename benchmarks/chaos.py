@@ -5,7 +5,6 @@ lockstep. First a run that nobody disturbs, then the same under a supervisor whi
 and kills it, with pauses drawn from an exponential distribution.
 """
 
-import json
 import random
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.fidelity import ALL, Case, make_job, random_rows
+from benchmarks.fidelity import ALL, Case, make_job, write_random_rows
 from benchmarks.reporting import Goal, parser, publish
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from launcher import local_run
@@ -34,13 +33,8 @@ LOCAL_STEPS = 25
 
 
 def sites(folder: Path) -> list[local_run.Site]:
-    made = []
-    for seed, name in enumerate(NAMES):
-        path = folder / f"{name}.jsonl"
-        texts = [" ".join(f"w{token}" for token in row.input_ids) for row in random_rows(12, seed)]
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        made.append(local_run.Site(name, path, path))
-    return made
+    paths = {name: write_random_rows(folder / f"{name}.jsonl", 12, seed) for seed, name in enumerate(NAMES)}
+    return [local_run.Site(name, path, path) for name, path in paths.items()]
 
 
 def trained(out: Path) -> dict[str, Tensor]:
@@ -68,13 +62,18 @@ class Watcher:
         self.completed = newest
 
 
-def disturbed(job: Job, rows: list[local_run.Site], out: Path, seconds: float, seed: int) -> tuple[Counter[str], int]:
-    """Kills by role, and rounds that were completed and then gone."""
+def commands(job: Job, rows: list[local_run.Site], out: Path) -> dict[str, list[str]]:
+    """The words of each role, on addresses that stay when it is started again; what they need lies under `out`."""
     local_run.prepare(job, rows, out)
     clients, servers = (f"tcp://127.0.0.1:{local_run.free_port()}" for _ in range(2))
     words = {"broker": local_run.broker_words(out, clients, servers)}
     words["server"] = local_run.server_words(out, servers, 1)
-    words |= {site.name: local_run.client_words(out, job, site, clients) for site in rows}
+    return words | {site.name: local_run.client_words(out, job, site, clients) for site in rows}
+
+
+def disturbed(job: Job, rows: list[local_run.Site], out: Path, seconds: float, seed: int) -> tuple[Counter[str], int]:
+    """Kills by role, and rounds that were completed and then gone."""
+    words = commands(job, rows, out)
     chance, kills = random.Random(seed), Counter[str]()
     began = time.monotonic()
     next_kill = began + chance.expovariate(1 / PAUSE_S)

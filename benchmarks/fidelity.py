@@ -49,6 +49,13 @@ class Comparison:
     worst_tensor: str
 
 
+def write_random_rows(path: Path, count: int, seed: int) -> Path:
+    """The tokens of `random_rows` as a JSONL file of texts, for the tokenizer of `save_word_tokenizer`."""
+    texts = [" ".join(f"w{token}" for token in row.input_ids) for row in random_rows(count, seed)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
 def random_rows(count: int, seed: int) -> list[Row]:
     """Rows of 3 to 20 random tokens; those of the first few count not, the rest do."""
     draw = random.Random(seed)

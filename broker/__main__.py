@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from broker.guard import Guard
+from broker.guard import guard_of
 from broker.service import Broker
 from broker.settings import BrokerSettings
 from shared.errors import FlglmError, UsageError
 from shared.heap import keep_freed_memory
-from shared.identity import load_identity
 from shared.logs import configure
 
 DEFAULTS = BrokerSettings()
@@ -38,10 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     configure("broker", format=given.log_format)
     keep_freed_memory()
-    if (given.key is None) != given.plain:
-        parser.error("give --key, or --plain on one machine")
     try:
-        guard = None if given.key is None else Guard(load_identity(given.key).link, given.clients, given.servers)
+        guard = guard_of(given.key, given.clients, given.servers, plain=given.plain)
         broker = Broker(BrokerSettings(frontend=given.clients_address, backend=given.servers_address), guard=guard)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: broker.stop())

@@ -5,23 +5,23 @@ is taken off is out.
 """
 
 import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
 from shared.allow_list import AllowList
-from shared.errors import KeyFileError
-from shared.identity import key_digest
+from shared.errors import KeyFileError, UsageError
+from shared.identity import key_digest, load_identity
 from shared.logs import event
 from shared.wire.curve import LinkKeys
 
 Side = Literal["client", "server"]
-SIDES: tuple[Side, ...] = get_args(Side)
 
 logger = logging.getLogger(__name__)
 
@@ -39,31 +39,48 @@ Guests = Mapping[str, Guest]
 
 
 class GuestList:
-    """The cards of one side. As long as the folder cannot be read, who was admitted last stays; nobody new comes."""
+    """The cards of one door. As long as the folder cannot be read, who was admitted last stays; nobody new comes.
+
+    `known`: who is admitted, as of the last `refresh()`. ZeroMQ's question refreshes it too, so that whoever has been
+    let in is known before a message of theirs can come. For several threads.
+    """
 
     def __init__(self, side: Side, folder: Path) -> None:
+        """Raises KeyFileError if the folder cannot be read."""
         self.side = side
         self.cards = AllowList(folder)
+        self.cards.cards()
+        self.known: Guests = {}
         self._seen: object = None
-        self._guests: Guests = {}
         self._complaint = ""
+        self._lock = threading.Lock()
+        self.refresh()
 
-    def guests(self) -> Guests:
-        try:
-            cards = self.cards.cards()
-        except KeyFileError as error:
-            if error.message != self._complaint:
-                self._complaint = error.message
-                event(logger, "admissions_unreadable", level=logging.ERROR, side=self.side, reason=error.message)
-            return self._guests
-        self._complaint = ""
-        if cards is not self._seen:
-            self._seen = cards
-            self._guests = {
-                z85.encode(card.link_public).decode(): Guest(card.name, key_digest(card.public))
-                for card in cards.values()
-            }
-        return self._guests
+    def refresh(self) -> Guests:
+        """Look at the folder; `known`."""
+        with self._lock:
+            try:
+                cards = self.cards.cards()
+            except KeyFileError as error:
+                if error.message != self._complaint:
+                    self._complaint = error.message
+                    event(logger, "admissions_unreadable", level=logging.ERROR, side=self.side, reason=error.message)
+                return self.known
+            self._complaint = ""
+            if cards is not self._seen:
+                self._seen = cards
+                self.known = {
+                    z85.encode(card.link_public).decode(): Guest(card.name, key_digest(card.public))
+                    for card in cards.values()
+                }
+            return self.known
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """What pyzmq asks for each connection: may this key (Z85) come in?"""
+        admitted = key.decode("ascii") in self.refresh()
+        if not admitted:
+            event(logger, "stranger_refused", level=logging.WARNING, side=self.side)
+        return admitted
 
 
 class Guard:
@@ -71,32 +88,25 @@ class Guard:
 
     def __init__(self, keys: LinkKeys, clients: Path, servers: Path) -> None:
         self.keys = keys
-        self.folders: dict[Side, Path] = {"client": clients, "server": servers}
-        self.lists = {side: GuestList(side, folder) for side, folder in self.folders.items()}
-        for listed in self.lists.values():
-            listed.cards.cards()
-
-    def guests(self) -> dict[Side, Guests]:
-        """Who is admitted now. For one thread."""
-        return {side: listed.guests() for side, listed in self.lists.items()}
+        self.lists: dict[Side, GuestList] = {
+            "client": GuestList("client", clients),
+            "server": GuestList("server", servers),
+        }
 
     def authenticator(self, context: "zmq.Context[zmq.Socket[bytes]]") -> ThreadAuthenticator:
         """A running one: it answers ZeroMQ's questions in a thread of its own. `stop()` ends it."""
         authenticator = ThreadAuthenticator(context)
         authenticator.start()
-        for side in SIDES:
-            authenticator.configure_curve_callback(domain=side, credentials_provider=_Door(side, self.folders[side]))
+        for side, listed in self.lists.items():
+            authenticator.configure_curve_callback(domain=side, credentials_provider=listed)
         return authenticator
 
 
-class _Door:
-    """What pyzmq calls for each connection."""
+def guard_of(key: Path | None, clients: Path, servers: Path, *, plain: bool) -> Guard | None:
+    """What a broker's options ask for: a guard with the key in that file, or None for plain links.
 
-    def __init__(self, side: Side, folder: Path) -> None:
-        self.list = GuestList(side, folder)
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        admitted = key.decode("ascii") in self.list.guests()
-        if not admitted:
-            event(logger, "stranger_refused", level=logging.WARNING, side=self.list.side)
-        return admitted
+    Raises UsageError unless it is one of the two, KeyFileError.
+    """
+    if (key is None) != plain:
+        raise UsageError("a broker needs --key", hint="make one with 'flglm keys new broker', or say --plain")
+    return None if key is None else Guard(load_identity(key).link, clients, servers)

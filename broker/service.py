@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from broker.guard import SIDES, Guard, Guest, Guests, Side
+from broker.guard import Guard, Guest, Side
 from broker.routing import Peer, Router, Send
 from broker.settings import BrokerSettings
 from broker.throttle import Rate, Throttle
@@ -54,7 +54,6 @@ class Broker:
     ) -> None:
         self.settings = settings
         self.guard = guard
-        self.guests: dict[Side, Guests] = {}
         self.authenticator: ThreadAuthenticator | None = None
         rate = Rate(settings.max_messages_per_s, settings.max_bytes_per_s, settings.max_waiting)
         self.throttle: Throttle[Received] = Throttle(rate)
@@ -69,7 +68,6 @@ class Broker:
     def __enter__(self) -> "Broker":
         """Raises ConnectionFailed if an address cannot be bound, UsageError if a plain one is not local."""
         if self.guard is not None:
-            self.guests = self.guard.guests()
             self.authenticator = self.guard.authenticator(self.context)
         try:
             self.frontend = self._bind("client", self.settings.frontend)
@@ -130,7 +128,7 @@ class Broker:
             except zmq.Again:
                 return
             peer = Peer(side, routing_id.bytes)
-            guest = None if self.guard is None else self._guest(side, frames)
+            guest = None if self.guard is None else self._guest(self.guard, side, frames)
             now = time.monotonic()
             if self.guard is not None and guest is None:
                 self._send(self.router.expel(peer, "not_admitted", "this key is not admitted here (any more)"))
@@ -146,22 +144,17 @@ class Broker:
     def _handle(self, received: "Received", now: float) -> None:
         self._send(self.router.handle(received.peer, received.frames, now, received.guest))
 
-    def _guest(self, side: Side, frames: Sequence[zmq.Frame]) -> Guest | None:
+    @staticmethod
+    def _guest(guard: Guard, side: Side, frames: Sequence[zmq.Frame]) -> Guest | None:
         """Who sent this message: ZeroMQ notes the key of the connection on each."""
         user = frames[0].get("User-Id") if frames else ""
-        guest = self.guests[side].get(str(user))
-        if guest is None:  # admitted a moment ago, perhaps
-            assert self.guard is not None
-            self.guests = self.guard.guests()
-            guest = self.guests[side].get(str(user))
-        return guest
+        return guard.lists[side].known.get(str(user))
 
     def _look_at_guests(self) -> None:
         """Put out who has been taken off the lists."""
         if self.guard is None:
             return
-        self.guests = self.guard.guests()
-        admitted = {side: set(self.guests[side].values()) for side in SIDES}
+        admitted = {side: set(listed.refresh().values()) for side, listed in self.guard.lists.items()}
         for peer, known in list(self.router.peers.items()):
             if known.guest not in admitted[peer.side]:
                 self._send(self.router.expel(peer, "revoked", "the admission was taken back"))

@@ -69,23 +69,22 @@ def train_together(
     *,
     server_threads: int = 1,
     replicas: int = 1,
-    plain: bool = False,
     through: Callable[[str], str] | None = None,
 ) -> LocalRun:
     """Run broker, server and one client a site to the job's end, all files under `out`; there again, it resumes.
 
     Clients compute with one thread each, servers with `server_threads`; `replicas` of them share the clients. `watch`
-    gets each client's events as they come. `plain`: links without CURVE, on loopback. `through`: given the broker's
+    gets each client's events as they come. `through`: given the broker's
     address, where clients connect instead (a proxy). Raises JobError if `out` holds another job's run, RoleFailed with
     the words of a process that failed, DeadlineExceeded if nothing moves.
     """
     prepare(job, sites, out)
     began = time.monotonic()
     with Cluster(out / "logs", THREADS) as cluster:
-        addresses = start_broker(cluster, out, plain)
-        start_servers(cluster, out, addresses["servers"], server_threads, replicas, plain)
+        addresses = start_broker(cluster, out)
+        start_servers(cluster, out, addresses["servers"], server_threads, replicas)
         reached = addresses["clients"] if through is None else through(addresses["clients"])
-        clients = [start_client(cluster, out, job, site, reached, plain) for site in sites]
+        clients = [start_client(cluster, out, job, site, reached) for site in sites]
         with (out / EVENTS).open("a") as kept:
 
             def seen(name: str, event: dict[str, Any]) -> None:
@@ -134,18 +133,16 @@ def prepare(job: Job, sites: list[Site], out: Path) -> None:
     admit(keys / "server.card", out / "servers", now)
 
 
-def start_broker(cluster: Cluster, out: Path, plain: bool = False) -> dict[str, Any]:
+def start_broker(cluster: Cluster, out: Path) -> dict[str, Any]:
     """A broker on free ports; its `clients` and `servers` addresses."""
     anywhere = "tcp://127.0.0.1:*"
-    broker = cluster.start("broker", "broker", broker_words(out, anywhere, anywhere, plain))
+    broker = cluster.start("broker", "broker", broker_words(out, anywhere, anywhere))
     return cluster.wait_for(broker, "ready", READY_S)
 
 
-def start_servers(
-    cluster: Cluster, out: Path, broker: str, threads: int, replicas: int = 1, plain: bool = False
-) -> list[Role]:
+def start_servers(cluster: Cluster, out: Path, broker: str, threads: int, replicas: int = 1) -> list[Role]:
     """The server, or its replicas, which meet at a free port."""
-    words = server_words(out, broker, threads, plain)
+    words = server_words(out, broker, threads)
     if replicas == 1:
         return [cluster.start("server", "server", words)]
     words += ["--replicas", str(replicas), "--rendezvous", f"tcp://127.0.0.1:{free_port()}"]
@@ -154,31 +151,31 @@ def start_servers(
     ]
 
 
-def start_client(cluster: Cluster, out: Path, job: Job, site: Site, broker: str, plain: bool = False) -> Role:
-    return cluster.start("client", site.name, client_words(out, job, site, broker, plain))
+def start_client(cluster: Cluster, out: Path, job: Job, site: Site, broker: str) -> Role:
+    return cluster.start("client", site.name, client_words(out, job, site, broker))
 
 
-def broker_words(out: Path, clients: str, servers: str, plain: bool = False) -> list[str]:
+def broker_words(out: Path, clients: str, servers: str) -> list[str]:
     """The command of a broker with these addresses."""
-    keys = [
+    return [
+        "broker", "--clients-address", clients, "--servers-address", servers,
         "--key", str(out / "keys" / "broker.key"), "--clients", str(out / "clients"), "--servers", str(out / "servers"),
     ]  # fmt: skip
-    return ["broker", "--clients-address", clients, "--servers-address", servers, *(["--plain"] if plain else keys)]
 
 
-def server_words(out: Path, broker: str, threads: int, plain: bool = False) -> list[str]:
+def server_words(out: Path, broker: str, threads: int) -> list[str]:
     """The command of a server of `prepare`'s job."""
     return [
         "server", "--job", str(out / "job.yaml"), "--key", str(out / "keys" / "server.key"),
         "--clients", str(out / "clients"), "--broker", broker, "--state", str(out / "server-state"),
-        "--threads", str(threads), *(["--plain"] if plain else ["--broker-card", str(out / "keys" / "broker.card")]),
+        "--threads", str(threads), "--broker-card", str(out / "keys" / "broker.card"),
     ]  # fmt: skip
 
 
-def client_words(out: Path, job: Job, site: Site, broker: str, plain: bool = False) -> list[str]:
+def client_words(out: Path, job: Job, site: Site, broker: str) -> list[str]:
     """The command of a client of that job, whose invitation is written."""
     words = [
-        "client", "train", "--invite", str(_invite(out, job, site, broker, plain)),
+        "client", "train", "--invite", str(_invite(out, job, site, broker)),
         "--key", str(out / "keys" / f"{site.name}.key"), "--data", str(site.train),
         "--out", str(out / "results" / site.name), "--threads", "1",
         "--validation-fraction", str(VALIDATION_FRACTION), "--connect-timeout", str(READY_S),
@@ -193,12 +190,12 @@ def free_port() -> int:
         return port
 
 
-def _invite(out: Path, job: Job, site: Site, broker: str, plain: bool) -> Path:
+def _invite(out: Path, job: Job, site: Site, broker: str) -> Path:
     """The site is admitted already: nobody has to answer it."""
     card = load_card(out / "keys" / "server.card")
     path = out / "keys" / f"{site.name}.invite"
     path.unlink(missing_ok=True)
-    key = None if plain else load_card(out / "keys" / "broker.card").link_key
+    key = load_card(out / "keys" / "broker.card").link_key
     invitation = Invitation(
         id=new_id(),
         client=site.name,

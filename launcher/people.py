@@ -14,6 +14,10 @@ from shared.identity import Identity, create_identity, fingerprint, load_card
 from shared.invitations import BrokerAt, Invitation, load_invitation, new_id, write_invitation
 from shared.job import load_job
 
+PlainOption = Annotated[bool, typer.Option("--plain", help="links without keys, on this machine alone")]
+BrokerCardsOption = Annotated[
+    list[Path] | None, typer.Option("--broker-card", help="the .card of each --broker, or one for all")
+]
 ClientsOption = Annotated[Path, typer.Option("--clients", help="folder with the cards of admitted clients")]
 
 
@@ -82,14 +86,12 @@ def invite(
     job: Annotated[Path, typer.Option("--job", help="the job file")],
     server: Annotated[Path, typer.Option("--server", help="the server's .card file")],
     broker: Annotated[list[str], typer.Option("--broker", help="a broker's address for clients; several are tried")],
-    broker_card: Annotated[
-        list[Path] | None, typer.Option("--broker-card", help="the .card of each --broker, or one for all")
-    ] = None,
+    broker_card: BrokerCardsOption = None,
     clients: Annotated[Path, typer.Option("--clients", help="where the card that comes back is admitted")] = Path(
         "clients"
     ),
     out: Annotated[Path | None, typer.Option("--out", help="the invitation file; NAME.invite by default")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="links without keys, on this machine alone")] = False,
+    plain: PlainOption = False,
     days: Annotated[float, typer.Option("--days", min=0.01, max=3650, help="how long it is valid")] = 30,
     format: FormatOption = Format.TXT,
 ) -> None:

@@ -11,9 +11,8 @@ import typer
 
 from launcher.output import Format, FormatOption, emit, succeed
 from launcher.peak_memory import peak_memory_bytes
-from launcher.people import brokers_at
+from launcher.people import BrokerCardsOption, PlainOption, brokers_at
 from shared.allow_list import AllowList
-from shared.errors import UsageError
 from shared.heap import keep_freed_memory
 from shared.identity import load_identity
 from shared.invitations import load_invitation
@@ -22,7 +21,6 @@ from shared.logs import configure
 
 KeyOption = Annotated[Path, typer.Option("--key", help="this role's .key file")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="threads for arithmetic")]
-PlainOption = Annotated[bool, typer.Option("--plain", help="links without keys, on this machine alone")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="a log line a step")]
 
 
@@ -45,15 +43,13 @@ def broker(
     format: FormatOption = Format.TXT,
 ) -> None:
     """Route sealed messages between clients and servers. It can open none of them."""
-    from broker.guard import Guard
+    from broker.guard import guard_of
     from broker.service import Broker
     from broker.settings import BrokerSettings
 
     configure("broker", verbose=verbose)
     keep_freed_memory()
-    if (key is None) != plain:
-        raise UsageError("a broker needs --key", hint="make one with 'flglm keys new broker', or say --plain")
-    guard = None if key is None else Guard(load_identity(key).link, clients, servers)
+    guard = guard_of(key, clients, servers, plain=plain)
     running = Broker(BrokerSettings(frontend=clients_address, backend=servers_address), guard=guard)
     _on_signals(running.stop)
     with running:
@@ -71,9 +67,7 @@ def server(
     broker: Annotated[
         list[str] | None, typer.Option("--broker", help="a broker's address for servers; all are served")
     ] = None,
-    broker_card: Annotated[
-        list[Path] | None, typer.Option("--broker-card", help="the .card of each --broker, or one for all")
-    ] = None,
+    broker_card: BrokerCardsOption = None,
     plain: PlainOption = False,
     state: Annotated[Path, typer.Option("--state", help="folder for checkpoints; found there, the job resumes")] = Path(
         "server-state"

@@ -63,7 +63,9 @@ class Supervisor:
     ) -> None:
         self.cluster = cluster
         self.note = note
-        self.charges = {name: self._charge(name, words) for name, words in roles.items()}
+        self.charges = {
+            name: _Charge(words, self._start(name, words), time.monotonic()) for name, words in roles.items()
+        }
 
     @property
     def done(self) -> bool:
@@ -84,8 +86,7 @@ class Supervisor:
             if charge.due is None:
                 self._died(name, charge, code, now)
             elif now >= charge.due:
-                fresh = self._charge(name, charge.words)
-                charge.role, charge.started, charge.due = fresh.role, fresh.started, None
+                charge.role, charge.started, charge.due = self._start(name, charge.words), now, None
                 charge.restarts += 1
 
     def kill(self, name: str) -> bool:
@@ -97,8 +98,8 @@ class Supervisor:
         role.process.wait()
         return True
 
-    def _charge(self, name: str, words: Sequence[str]) -> _Charge:
-        return _Charge(words, self.cluster.start(words[0], name, words), time.monotonic())
+    def _start(self, name: str, words: Sequence[str]) -> Role:
+        return self.cluster.start(words[0], name, words)
 
     def _died(self, name: str, charge: _Charge, code: int | None, now: float) -> None:
         words = charge.role.last_words()

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,23 @@ def load(folder: Path, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a checkpoint ({type(error).__name__})") from None
+
+
+def resume(folder: Path, load: Callable[[int], None], unreadable: Callable[[int, CheckpointError], None]) -> bool:
+    """Call `load` with the newest number that it takes, after telling `unreadable` of newer ones that raised
+    CheckpointError. False if there are no checkpoints; raises the oldest's error if it takes none.
+    """
+    available = numbers(folder)
+    for number in reversed(available):
+        try:
+            load(number)
+        except CheckpointError as error:
+            if number == available[0]:
+                raise
+            unreadable(number, error)
+        else:
+            return True
+    return False
 
 
 def _digest(path: Path) -> str:

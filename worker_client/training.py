@@ -115,18 +115,8 @@ class Training:
 
         Raises CheckpointError if there are some and none is readable, or they are another job's.
         """
-        available = state_files.numbers(self.out)
-        if not available:
+        if not state_files.resume(self.out, self._load, self._say_unreadable):
             self._save()
-        for number in reversed(available):
-            try:
-                self._load(number)
-            except CheckpointError as error:
-                if number == available[0]:
-                    raise
-                self.report({"event": "checkpoint_unreadable", "number": number, "reason": error.message})
-                continue
-            return
 
     def _align(self, round: int) -> None:
         """Be where the server is: at the state after `round` rounds of local steps."""
@@ -136,7 +126,7 @@ class Training:
             try:
                 self._load(round)
             except CheckpointError as error:
-                self.report({"event": "checkpoint_unreadable", "number": round, "reason": error.message})
+                self._say_unreadable(round, error)
             else:
                 return
         # The averages still come from the server; this client's optimizer continues from where it was.
@@ -153,6 +143,9 @@ class Training:
         torch.set_rng_state(tensors["random/torch"])
         self.completed = number
         self.report({"event": "resumed", "round": number})
+
+    def _say_unreadable(self, number: int, error: CheckpointError) -> None:
+        self.report({"event": "checkpoint_unreadable", "number": number, "reason": error.message})
 
     def _save(self) -> None:
         tensors = {f"trained/{name}": value for name, value in self._trained().items()}

@@ -14,7 +14,7 @@ from shared.errors import ConnectionFailed
 from shared.logs import event
 from shared.wire.connection import BrokerConnection
 from shared.wire.curve import Door, LinkKeys
-from shared.wire.envelope import Close, Envelope, Hello, pack
+from shared.wire.envelope import Close, Envelope, Hello
 
 POLL_S = 0.05
 
@@ -127,7 +127,6 @@ class Brokers:
         return lost
 
     def close_politely(self) -> None:
-        farewell = pack(Close(code="leaving", message="the worker leaves"))
         for connection in self.connections:
             if connection.up:
-                connection.send(farewell)
+                connection.close_politely()

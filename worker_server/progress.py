@@ -34,18 +34,10 @@ class Progress:
 
         Raises CheckpointError if there are checkpoints of another job or model, or none that is readable.
         """
-        available = state_files.numbers(self.folder)
-        for number in reversed(available):
-            try:
-                self.restore(number)
-            except CheckpointError as error:
-                if number == available[0]:
-                    raise
-                event(logger, "checkpoint_unreadable", level=logging.WARNING, number=number, reason=error.message)
-                continue
+        if state_files.resume(self.folder, self.restore, _say_unreadable):
             event(logger, "resumed", folder=str(self.folder), round=self.round)
-            return
-        self.save()
+        else:
+            self.save()
 
     def restore(self, number: int) -> None:
         """Go back to `checkpoint-<number>`. Raises CheckpointError."""
@@ -78,3 +70,7 @@ class Progress:
         }
         path = state_files.save(self.folder, self.round, tensors, facts, keep=KEPT_CHECKPOINTS)
         event(logger, "checkpoint_written", path=str(path), round=self.round)
+
+
+def _say_unreadable(number: int, error: CheckpointError) -> None:
+    event(logger, "checkpoint_unreadable", level=logging.WARNING, number=number, reason=error.message)

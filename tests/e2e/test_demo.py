@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fidelity import random_rows
+from benchmarks.fidelity import write_random_rows
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from shared import state_files
 
@@ -30,8 +30,7 @@ def site(tmp_path: Path) -> Path:
     save_word_tokenizer(save_tiny_model("llama", tmp_path / "model"))
     (tmp_path / "rows").mkdir()
     for seed, name in enumerate(("a", "b")):
-        rows = [{"text": " ".join(f"w{token}" for token in row.input_ids)} for row in random_rows(20, seed)]
-        (tmp_path / "rows" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_random_rows(tmp_path / "rows" / f"{name}.jsonl", 20, seed)
     (tmp_path / "job.yaml").write_text(JOB)
     return tmp_path
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.chaos import NAMES, disturbed, sites, trained
+from benchmarks.chaos import NAMES, commands, disturbed, sites, trained
 from benchmarks.fidelity import ALL, Case, make_job
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from launcher import local_run
@@ -41,11 +41,7 @@ def test_a_client_killed_when_all_is_done_still_gets_its_result(job: Job, tmp_pa
     job = job.model_copy(update={"rounds": Rounds(count=1, local_steps=2)})
     rows = sites(tmp_path)
     out = tmp_path / "run"
-    local_run.prepare(job, rows, out)
-    clients, servers = (f"tcp://127.0.0.1:{local_run.free_port()}" for _ in range(2))
-    words = {"broker": local_run.broker_words(out, clients, servers)}
-    words["server"] = local_run.server_words(out, servers, 1)
-    words |= {site.name: local_run.client_words(out, job, site, clients) for site in rows}
+    words = commands(job, rows, out)
     killed = False
     deadline = time.monotonic() + LIMIT_S
     with Cluster(out / "logs", local_run.THREADS) as cluster:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.fidelity import ALL, Case, make_job, random_rows
+from benchmarks.fidelity import ALL, Case, make_job, write_random_rows
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from launcher.in_process import CLIENTS, Serving, serving, trunk_tensors
 from shared import state_files
@@ -32,10 +32,7 @@ def job(tmp_path: Path) -> Job:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    rows = [{"text": " ".join(f"w{token}" for token in row.input_ids)} for row in random_rows(10, 0)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_random_rows(tmp_path / "rows.jsonl", 10, 0)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Clients and servers come back by themselves: after a lost member, a dead broker, a broker that starts anew."""
 
-import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import zmq
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.fidelity import ALL, Case, make_job, random_rows
+from benchmarks.fidelity import ALL, Case, make_job, write_random_rows
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from broker.service import Broker
 from broker.settings import BrokerSettings
@@ -47,12 +46,7 @@ def job(tmp_path: Path) -> Job:
 
 @pytest.fixture
 def data(tmp_path: Path) -> dict[str, Path]:
-    paths = {}
-    for seed, name in enumerate(NAMES):
-        paths[name] = tmp_path / f"{name}.jsonl"
-        rows = [{"text": " ".join(f"w{token}" for token in row.input_ids)} for row in random_rows(8, seed)]
-        paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return paths
+    return {name: write_random_rows(tmp_path / f"{name}.jsonl", 8, seed) for seed, name in enumerate(NAMES)}
 
 
 class House:

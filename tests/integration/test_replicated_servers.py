@@ -1,6 +1,5 @@
 """Two server processes, a replica each: equal trunks after every round, and what two lone servers would average to."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.fidelity import Case, make_job, random_rows
+from benchmarks.fidelity import Case, make_job, write_random_rows
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from launcher import local_run
 from launcher.cluster import Cluster
@@ -28,9 +27,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def site(folder: Path, name: str, count: int, seed: int) -> local_run.Site:
-    path = folder / f"{name}.jsonl"
-    texts = [" ".join(f"w{token}" for token in row.input_ids) for row in random_rows(count, seed)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path = write_random_rows(folder / f"{name}.jsonl", count, seed)
     return local_run.Site(name, path, path)
 
 

@@ -2,24 +2,18 @@
 
 import multiprocessing as mp
 import queue
-import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from launcher.local_run import free_port
 from shared.errors import ConnectionFailed, UsageError
 from worker_server.replicas import Place, Replicas, device_of, place_of
 from worker_server.settings import ServerSettings
 
 WAIT_S = 60.0
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
 
 
 def averages(replicas: Replicas) -> Any:
