@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Session:
-    """One client's session. `confirmed`: a record of it has opened, so the client is really there, now."""
+    """One client's session. `confirmed`: a record of it has opened, so the client is really there, now.
+
+    `unanswered`: when requests for the trunk came that wait for their answers, by number.
+    """
 
     id: bytes
     client: str
@@ -28,6 +31,7 @@ class Session:
     channel: Channel
     opened_at: float
     confirmed: bool = False
+    unanswered: dict[int, float] = field(default_factory=dict)
 
     def seal(self, message: Message, tensors: Sequence[Frame] = ()) -> Envelope:
         return self.channel.seal(pack(message, tensors))
