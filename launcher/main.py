@@ -10,6 +10,7 @@ import typer
 
 from launcher import demo_command, people, roles
 from launcher.output import fail
+from loadtest import command as load
 from shared.errors import FlglmError, UsageError
 
 INTERRUPTED = 130
@@ -23,6 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("loadtest")(load.loadtest)
+app.command("loadtest-crowd", hidden=True)(load.crowd)
 client = typer.Typer(help="A data owner's side.", no_args_is_help=True)
 keys = typer.Typer(help="Identities: private keys and the cards that go with them.", no_args_is_help=True)
 
