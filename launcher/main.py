@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from launcher import demo_command, people, roles
+from launcher import demo_command, people, roles, top_command
 from launcher.output import fail
 from loadtest import command as load
 from shared.errors import FlglmError, UsageError
@@ -24,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("top")(top_command.top)
 app.command("loadtest")(load.loadtest)
 app.command("loadtest-crowd", hidden=True)(load.crowd)
 client = typer.Typer(help="A data owner's side.", no_args_is_help=True)
