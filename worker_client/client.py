@@ -189,7 +189,7 @@ def finished_before(out: Path, invitation: Invitation) -> Score | None:
         if document["job_digest"] != invitation.job:
             return None
         return NO_SCORE if document["score"] is None else Score(**document["score"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -88,7 +88,7 @@ class Checkpoint:
             path = self.file(INDEX)
             try:
                 return {str(name): str(file) for name, file in json.loads(path.read_text())["weight_map"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise ModelError(f"{path}: not a safetensors index") from None
         if not self._has(SINGLE):
             raise ModelError(
