@@ -11,8 +11,7 @@ from shared.errors import JobError
 
 # A file of settings has a few kilobytes, and YAML takes a second to read for each 64.
 MAX_FILE_BYTES = 2**16
-# An alias repeats what it names, and so do merge keys that name merge keys: ten of them at most 36 times, a hundred more
-# than memory holds.
+# Merge keys repeat what they name, and what that repeats: ten aliases at most 36 times, a hundred more than memory holds.
 MAX_ALIASES = 10
 MAX_DEPTH = 20
 
