@@ -38,6 +38,7 @@ KEM = MLKEM768PrivateKey.from_seed_bytes(bytes(64))
 RANDOMNESS = Randomness(x25519=lambda: EPHEMERAL, kem=lambda: KEM)
 SESSION, RECORD_KEY = b"s" * 16, b"k" * 32
 OPEN = envelope.Open(version=1, session=SESSION, server=key_digest(SERVER_PUBLIC), job=bytes(32))
+MODEL = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "dtype": "float32", "head_dim": 8}
 SHAPES = ((3, 2), (17, 33), (5,), (), (0, 4))
 
 
@@ -213,4 +214,6 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "rows": _rows,
     "checkpoint_facts": lambda: [_checkpoint()[0]],
     "checkpoint_tensors": lambda: [_checkpoint()[1]],
+    "model_config": lambda: [json.dumps(MODEL).encode(), json.dumps({"model_type": "gpt2", "n_embd": 8}).encode()],
+    "model_index": lambda: [json.dumps({"weight_map": {"weight": "model.safetensors"}}).encode()],
 }

@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from benchmarks.fuzz_seeds import (
@@ -52,6 +53,7 @@ from shared.errors import (
     HandshakeError,
     JobError,
     KeyFileError,
+    ModelError,
     Refused,
     SchemaError,
     SealError,
@@ -61,6 +63,7 @@ from shared.errors import (
 from shared.identity import load_card, load_identity
 from shared.invitations import Invitation, load_invitation
 from shared.job import Job, load_job, parse_job
+from shared.model.checkpoint import INDEX, SINGLE, Checkpoint
 from shared.payload import messages
 from shared.payload.codecs import CODECS
 from shared.payload.tensors import MAX_ELEMENTS, TensorInfo, decode, encode
@@ -292,6 +295,24 @@ def checkpoint_tensors(data: bytes) -> None:
     state_files.load(path.parent, 1)
 
 
+@target(ModelError)
+def model_config(data: bytes) -> None:
+    """A configuration beside genuine tensors; one that is taken has a fingerprint."""
+    (_model() / "config.json").write_bytes(data)
+    Checkpoint(str(_model())).fingerprint()
+
+
+@target(ModelError)
+def model_index(data: bytes) -> None:
+    """The same for an index."""
+    (_model() / "config.json").write_bytes(SEEDS["model_config"]()[0])
+    (_model() / INDEX).write_bytes(data)
+    try:
+        Checkpoint(str(_model())).fingerprint()
+    finally:
+        (_model() / INDEX).unlink()
+
+
 class _Claimed:
     """A key pair by its public half alone: what is agreed with it is zeros, but for the client's own."""
 
@@ -346,6 +367,15 @@ def _file(data: bytes) -> Path:
 def _checkpoint(name: str) -> Path:
     """A genuine checkpoint, for each name another."""
     return state_files.save(_folder() / name, 1, {"weight": torch.ones(2, 3)}, {"round": 1})
+
+
+@functools.cache
+def _model() -> Path:
+    """A folder with tensors of a model and nothing else."""
+    folder = _folder() / "model"
+    folder.mkdir()
+    save_file({"weight": torch.ones(2, 3)}, folder / SINGLE)
+    return folder
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from shared.errors import JobError
 
 # A file of settings has a few kilobytes, and YAML takes a second to read for each 64.
 MAX_FILE_BYTES = 2**16
-# Merge keys repeat what they name, and what that repeats: ten aliases at most 36 times, a hundred more than memory holds.
+# Merge keys repeat what they name, and what that repeats: ten aliases 36 times, a hundred more than memory holds.
 MAX_ALIASES = 10
 MAX_DEPTH = 20
 
