@@ -56,14 +56,21 @@ def fuzz(target: str, seconds: int, seed: int) -> Outcome:
         folder = Path(name)
         command = [sys.executable, "-m", "benchmarks.fuzz_parsers", "--inside", name, "--target", target]
         command += ["--seconds", str(seconds), "--seed", str(seed)]
-        environment = os.environ | {"TMPDIR": name, "TOKENIZERS_PARALLELISM": "false"}
+        settings = {"TMPDIR": name, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         ran = subprocess.run(
-            command, stderr=subprocess.PIPE, text=True, errors="replace", env=environment, timeout=seconds + GRACE_S
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=os.environ | settings,
+            timeout=seconds + GRACE_S,
         )
-        findings = tuple(Finding(path.read_bytes().hex(), _tail(ran.stderr)) for path in folder.glob("found-*"))
-        progress, done = PROGRESS.findall(ran.stderr), DONE.search(ran.stderr)
+        findings = tuple(Finding(path.read_bytes().hex(), _tail(ran.stdout)) for path in folder.glob("found-*"))
+        progress, done = PROGRESS.findall(ran.stdout), DONE.search(ran.stdout)
         if not findings and not done:
-            raise RuntimeError(f"{target} ended without a word ({ran.returncode}): {_tail(ran.stderr)}")
+            raise RuntimeError(f"{target} ended without a word ({ran.returncode}): {_tail(ran.stdout)}")
         last, cov = progress[-1] if progress else ("0", "0")
         accepted = int.from_bytes((folder / "accepted").read_bytes(), "little")
         return Outcome(target, int(done[1] if done else last), int(cov), accepted, findings)

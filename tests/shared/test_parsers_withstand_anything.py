@@ -5,6 +5,7 @@ that others have been broken with.
 """
 
 import copy
+import importlib.util
 import json
 import struct
 from collections.abc import Iterator
@@ -16,8 +17,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.fuzz_parsers import require_atheris
 from benchmarks.fuzz_seeds import SEEDS, joined, separated
 from benchmarks.fuzz_targets import TARGETS
+from shared.errors import UsageError
 
 FRAMES = ("envelope", "record", "client_message", "server_message")
 JSON = ("invitation", "card", "key", "rows", "checkpoint_facts", "model_config", "model_index")
@@ -131,6 +134,13 @@ def test_files_with_another_setting_are_taken_or_refused(name: str, data: st.Dat
     TARGETS[name](json.dumps(changed, ensure_ascii=in_ascii).encode(errors="surrogatepass"))
     if name in YAML:
         TARGETS[name](yaml.safe_dump(changed).encode(errors="surrogatepass"))
+
+
+def test_who_lacks_atheris_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError) as error:
+        require_atheris()
+    assert error.value.hint == "pip install -e '.[fuzz]' (Linux)"
 
 
 def one_tensor(wire_format: int, shape: tuple[int, ...], frame: bytes, scale: float = 1.0) -> bytes:
