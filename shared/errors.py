@@ -20,10 +20,13 @@ FlglmError
     ├── SchemaError       an opened message that is not one of ours
     └── TensorError       a tensor's dtype, shape, size or values
 
-`code` is what travels and what machines read; the message is one line for a person and names what to change.
+`code` is what travels and what machines read; the message is one line for a person and names what to change. What it
+quotes from a file or a peer is shown escaped, so that nobody else writes to a person's terminal.
 """
 
 from typing import ClassVar
+
+MAX_MESSAGE_CHARS = 2000
 
 
 class FlglmError(Exception):
@@ -33,9 +36,17 @@ class FlglmError(Exception):
     exit_code: ClassVar[int] = 5
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = _one_line(message)
+        super().__init__(self.message)
         self.hint = hint
+
+
+def _one_line(message: str) -> str:
+    """Printable characters alone, others as in a Python string, and not more than a person reads."""
+    shown = message if len(message) <= MAX_MESSAGE_CHARS else message[: MAX_MESSAGE_CHARS - 3] + "..."
+    if shown.isprintable():
+        return shown
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in shown)
 
 
 class UsageError(FlglmError):

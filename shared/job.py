@@ -16,7 +16,7 @@ from shared.yaml_files import read_mapping, validated
 
 WireFormat = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 TrainedPart = Literal["head", "trunk", "tail"]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 

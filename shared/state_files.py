@@ -90,7 +90,7 @@ def load(folder: Path, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load_file(path / TENSORS), dict(document["facts"])
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a checkpoint ({type(error).__name__})") from None
 
 

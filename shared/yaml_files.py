@@ -9,11 +9,21 @@ from pydantic import BaseModel, ValidationError
 
 from shared.errors import JobError
 
-MAX_FILE_BYTES = 2**20
-# An alias repeats what it names; a few thousand lines of them can stand for more than memory holds.
-MAX_ALIASES = 100
+# A file of settings has a few kilobytes, and YAML takes a second to read for each 64.
+MAX_FILE_BYTES = 2**16
+# Merge keys repeat what they name, and what that repeats: ten aliases 36 times, a hundred more than memory holds.
+MAX_ALIASES = 10
+MAX_DEPTH = 20
 
 Model = TypeVar("Model", bound=BaseModel)
+
+_OPENING = (
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
@@ -27,16 +37,27 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
         raise JobError(f"{path}: more than {MAX_FILE_BYTES} bytes are no {what}")
     try:
         text = content.decode()
-        if sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)) > MAX_ALIASES:
-            raise JobError(f"{path}: more than {MAX_ALIASES} aliases are no {what}")
+        _check_tokens(text, path, what)
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise JobError(f"{path}: not YAML ({' '.join(str(error).split())[:200]})") from None
-    except RecursionError:
-        raise JobError(f"{path}: nested too deeply") from None
     if not isinstance(values, dict):
         raise JobError(f"{path}: a {what} is a mapping of settings")
     return values
+
+
+def _check_tokens(text: str, path: Path, what: str) -> None:
+    """Raises JobError before anything is built if `text` nests or repeats too much, or says how to build something."""
+    aliases = depth = 0
+    for token in yaml.scan(text):
+        aliases += isinstance(token, yaml.AliasToken)
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if depth > MAX_DEPTH:
+            raise JobError(f"{path}: nested too deeply for a {what}")
+        if aliases > MAX_ALIASES:
+            raise JobError(f"{path}: more than {MAX_ALIASES} aliases are no {what}")
+        if isinstance(token, yaml.TagToken):
+            raise JobError(f"{path}: a {what} has no tags; quote what begins with '!'")
 
 
 def validated(values: Any, model: type[Model], source: str) -> Model:

@@ -158,7 +158,7 @@ def check_same_model(checkpoint: Checkpoint, welcome: Welcome) -> None:
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer. Raises ModelError."""
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.name_or_path)
+        return AutoTokenizer.from_pretrained(checkpoint.name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ModelError(f"{checkpoint.name_or_path}: no tokenizer ({reason})") from None
@@ -189,7 +189,7 @@ def finished_before(out: Path, invitation: Invitation) -> Score | None:
         if document["job_digest"] != invitation.job:
             return None
         return NO_SCORE if document["score"] is None else Score(**document["score"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -115,6 +115,8 @@ def _messages(messages: Any, tokenizer: Any) -> Row:
         raise DataError('"messages" must be a list of {"role", "content"} with text in both')
     if not tokenizer.chat_template:
         raise DataError('the tokenizer has no chat template for {"messages"}', hint="use {prompt, completion} rows")
+    if messages[0]["role"] == "assistant":
+        raise DataError("the assistant speaks first, and answers nobody", hint="begin with a message of another role")
     ids: list[int] = []
     counts: list[bool] = []
     for index, message in enumerate(messages):
@@ -127,7 +129,7 @@ def _messages(messages: Any, tokenizer: Any) -> Row:
 def _template(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"the chat template refuses these messages ({error})") from None
     return _ids(tokenizer, text, add_special_tokens=False)
 

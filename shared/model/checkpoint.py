@@ -5,6 +5,7 @@ Only safetensors are read, and of those only the tensors asked for. No pickled w
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig
@@ -22,6 +29,17 @@ from shared.errors import ModelError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SAMPLED_BYTES = 4096
+# Families compute with what the file says before they check it.
+_NO_CONFIGURATION = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    StrictDataclassError,
+)
 
 
 @dataclass(frozen=True)
@@ -63,15 +81,16 @@ class Checkpoint:
     def _read_config(self) -> Any:
         path = self.file("config.json")
         try:
-            return AutoConfig.from_pretrained(str(path.parent))
-        except (ValueError, KeyError, OSError) as error:
-            raise ModelError(f"{path}: not a model configuration ({str(error).splitlines()[0][:200]})") from None
+            return AutoConfig.from_pretrained(str(path.parent), trust_remote_code=False)
+        except _NO_CONFIGURATION as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ModelError(f"{path}: not a model configuration ({reason})") from None
 
     def file(self, name: str) -> Path:
         """The local path of one file of the checkpoint; downloads it from the hub where needed. Raises ModelError."""
         if self.is_local:
             path = self.folder / name
-            if not path.is_file():
+            if not os.path.isfile(path):  # unlike Path.is_file, whatever an index says
                 raise ModelError(f"{self.folder}: the checkpoint has no {name}")
             return path
         try:
@@ -88,7 +107,7 @@ class Checkpoint:
             path = self.file(INDEX)
             try:
                 return {str(name): str(file) for name, file in json.loads(path.read_text())["weight_map"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise ModelError(f"{path}: not a safetensors index") from None
         if not self._has(SINGLE):
             raise ModelError(

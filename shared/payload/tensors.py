@@ -65,7 +65,8 @@ def decode(
     elements = math.prod(info.shape)
     size = memoryview(frame).nbytes
     codec = CODECS[info.dtype]
-    if elements > MAX_ELEMENTS or size != (codec.size(info.shape) if elements else 0):
+    strides = math.prod(max(1, length) for length in info.shape)  # may be large where there is no element
+    if strides > MAX_ELEMENTS or size != (codec.size(info.shape) if elements else 0):
         raise TensorError(f"tensor {info.name!r}: {size} bytes are not {elements} values of {info.dtype}")
     if elements == 0:
         return torch.zeros(info.shape)

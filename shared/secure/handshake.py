@@ -13,12 +13,14 @@ from collections.abc import Callable
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from shared.errors import HandshakeError, Refused
-from shared.secure.noise import IKHFS, HandshakeState, Randomness
+from shared.secure.noise import IKHFS, KEM_CIPHERTEXT_BYTES, PUBLIC_KEY_BYTES, HandshakeState, Randomness
 from shared.secure.records import Channel
+from shared.secure.symmetric import TAG_BYTES
 from shared.wire.envelope import Envelope, Open, pack
 
 # The place of a server's attestation, in message 2. Everything else travels as records.
 MAX_PAYLOAD_BYTES = 16 * 1024
+MAX_MESSAGE_2_BYTES = PUBLIC_KEY_BYTES + KEM_CIPHERTEXT_BYTES + 2 * TAG_BYTES + MAX_PAYLOAD_BYTES
 
 
 class ClientHandshake:
@@ -51,6 +53,8 @@ class ClientHandshake:
 
         Raises HandshakeError if `message_2` was not made by the owner of the server's key, for this very OPEN.
         """
+        if len(message_2) > MAX_MESSAGE_2_BYTES:
+            raise HandshakeError(f"the server's answer has {len(message_2)} bytes, more than any attestation needs")
         try:
             payload = self._state.read_message(message_2)
         except HandshakeError as error:

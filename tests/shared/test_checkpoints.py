@@ -61,6 +61,7 @@ def test_a_disk_that_refuses_leaves_the_old_one(number: int, tmp_path: Path, mon
         ("state.safetensors", b"garbage", "not what was written"),
         ("state.json", b"{", "not a checkpoint"),
         ("state.json", b"[]", "not a checkpoint"),
+        ("state.json", b"[" * 100_000, "not a checkpoint"),
         ("state.json", b'{"format": 99}', "format 99"),
     ],
 )

@@ -55,6 +55,9 @@ def test_the_digest_covers_every_setting(change: dict[str, Any]) -> None:
         ({"method": {"type": "magic"}}, "method"),
         ({"data": {"max_length": 2048}, "training": {"per_device_train_batch_size": 64}}, "cohort.max_batch_tokens"),
         ({"wire": {"hidden": "float64"}}, "wire.hidden"),
+        ({"rounds": {"count": 2**31}}, "rounds.count"),
+        ({"rounds": {"count": 16**5000}}, "rounds.count"),
+        ({"a\nb\x1b[2J": 1}, r"unknown setting 'a\nb\x1b[2J'"),
     ],
 )
 def test_a_fault_is_one_line_that_names_the_setting(change: dict[str, Any], said: str) -> None:
@@ -65,13 +68,33 @@ def test_a_fault_is_one_line_that_names_the_setting(change: dict[str, Any], said
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(b"- a\n", "mapping"), (b"a: [", "not YAML"), (b"\xff\xfe", "not YAML"), (b"", "mapping")]
+    ("content", "said"),
+    [
+        (b"- a\n", "mapping"),
+        (b"a: [", "not YAML"),
+        (b"\xff\xfe", "not YAML"),
+        (b"", "mapping"),
+        (b'name: !!int ""', "has no tags"),
+        (b"name: !!bool perhaps", "has no tags"),
+        (b'name: "\\UFFFFFFFF"', "not YAML"),
+        (b"name: 1" + b":00" * 250 + b".0", "not YAML"),
+        (b"name: " + b"[" * 60_000, "nested too deeply"),
+        (b"name: " + b"{a: " * 21, "nested too deeply"),
+        (b"- " * 30_000, "nested too deeply"),
+        (b"a: &a {b: c}\nd: {<<: [" + b"*a, " * 11 + b"]}", "more than 10 aliases"),
+    ],
 )
 def test_a_file_that_is_no_job_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_bytes(content)
     with pytest.raises(JobError, match=said):
         load_job(path)
+
+
+def test_a_few_aliases_are_taken(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("model_name_or_path: m\nrounds: &few {count: 2, local_steps: &n 3}\ncohort: {clients: *n}\n")
+    assert load_job(path).cohort.clients == 3
 
 
 def test_an_absent_file_is_named(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def test_long_rows_are_cut_or_left_out_and_counted(tokenizer: Any, tmp_path: Pat
         ('{"messages": []}', '"messages" must be a list'),
         ('{"messages": [{"role": "user"}]}', '"messages" must be a list'),
         ('{"messages": "w5"}', '"messages" must be a list'),
+        ('{"messages": [{"role": "assistant", "content": "w5"}]}', "the assistant speaks first"),
         ('{"prompt": "w5", "completion": null}', '"completion" must be text, not NoneType'),
         ("[" * 100_000, "not JSON"),
         ('{"text": "w5 \\ud83d"}', "half of a surrogate pair"),
@@ -115,6 +116,13 @@ def test_a_template_that_rewrites_earlier_turns_is_told(tokenizer: Any) -> None:
     turns = [("user", "w20"), ("assistant", "w30"), ("user", "w21"), ("assistant", "w31")]
     with pytest.raises(DataError, match="rewrites earlier turns"):
         tokenize({"messages": [{"role": role, "content": text} for role, text in turns]}, tokenizer)
+
+
+def test_a_template_that_fails_on_what_a_message_holds_is_told(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{% for tool in m.tools %}{{ tool }}{% endfor %}{% endfor %}"
+    messages = [{"role": "user", "content": "w20", "tools": 5}, {"role": "assistant", "content": "w30"}]
+    with pytest.raises(DataError, match="'int' object is not iterable"):
+        tokenize({"messages": messages}, tokenizer)
 
 
 def test_a_tokenizer_without_template_or_end_is_told(tokenizer: Any) -> None:

@@ -164,14 +164,27 @@ def test_a_split_without_a_trunk_is_refused(head: int, tail: int) -> None:
         SplitPlan(head, tail, 4)
 
 
+def configure(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (lambda f: (f / "model.safetensors").unlink(), r"no model\.safetensors"),
         (lambda f: (f / "config.json").unlink(), "has no config"),
         (lambda f: (f / "config.json").write_text("{"), "not a model configuration"),
+        (lambda f: (f / "config.json").write_text("null"), "not a model configuration"),
+        (lambda f: (f / "config.json").write_text("[" * 100_000), "not a model configuration"),
+        (lambda f: configure(f, model_type=[]), "not a model configuration"),
+        (lambda f: configure(f, hidden_size="wide"), "not a model configuration"),
+        (lambda f: configure(f, num_attention_heads=0), "not a model configuration"),
+        (lambda f: configure(f, id2label=5), "not a model configuration"),
+        (lambda f: configure(f, model_type="x", auto_map={"AutoConfig": "x.y"}), "contains custom code"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x00" * 9), "corrupt"),
         (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "not a safetensors index"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("[" * 100_000), "not a safetensors index"),
         (lambda f: rename(f, lambda name: name.replace("layers.2", "layers.7")), "has no tensor"),
     ],
 )
@@ -181,6 +194,14 @@ def test_a_damaged_checkpoint_is_one_clear_line(damage: Any, said: str, tmp_path
     with pytest.raises(ModelError, match=said) as error:
         parts_of(folder)
     assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize("file", [5, "other", "x" * 9999, "a\0b", "\ud800", ".", "/"])
+def test_an_index_that_names_no_file_is_refused(file: Any, tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"weight": file}}))
+    with pytest.raises(ModelError, match="the checkpoint has no"):
+        Checkpoint(str(folder)).fingerprint()
 
 
 def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:

@@ -66,6 +66,14 @@ def test_an_attestation_has_a_limit() -> None:
     client.finish(server.accept()[0])
 
 
+def test_a_client_holds_its_server_to_that_limit() -> None:
+    client, _ = client_and_server()
+    server = HandshakeState(IKHFS, initiator=False, prologue=pack(OPEN).raw_header, static=SERVER)
+    server.read_message(client.message_1)
+    with pytest.raises(HandshakeError, match="more than any attestation"):
+        client.finish(server.write_message(b"a" * (MAX_PAYLOAD_BYTES + 1)))
+
+
 def test_a_stranger_is_refused_before_anything_is_made() -> None:
     client, server = client_and_server(STRANGER)
     with pytest.raises(Refused, match="not admitted") as refused:
