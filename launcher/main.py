@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from launcher import demo_command, people, roles
+from launcher import check_command, demo_command, people, roles
 from launcher.output import fail
 from shared.errors import FlglmError, UsageError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 client = typer.Typer(help="A data owner's side.", no_args_is_help=True)
+check = typer.Typer(help="Before a role is started: what is wrong, and what to type to mend it.", no_args_is_help=True)
 keys = typer.Typer(help="Identities: private keys and the cards that go with them.", no_args_is_help=True)
 
 app.command("demo")(demo_command.demo)
@@ -37,6 +38,10 @@ app.command("revoke")(people.revoke_client)
 app.command("broker")(roles.broker)
 app.command("server")(roles.server)
 app.command("up")(roles.up)
+app.add_typer(check, name="check")
+check.command("broker")(check_command.check_broker)
+check.command("server")(check_command.check_server)
+check.command("client")(check_command.check_client)
 app.add_typer(client, name="client")
 client.command("train")(roles.client_train)
 

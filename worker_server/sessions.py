@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Session:
-    """One client's session. `confirmed`: a record of it has opened, so the client is really there, now."""
+    """One client's session. `confirmed`: a record of it has opened, so the client is really there, now.
+
+    `joined`: it has come to train. Others look and go, and the job goes on as if they had not been there.
+    """
 
     id: bytes
     client: str
@@ -28,6 +31,7 @@ class Session:
     channel: Channel
     opened_at: float
     confirmed: bool = False
+    joined: bool = False
 
     def seal(self, message: Message, tensors: Sequence[Frame] = ()) -> Envelope:
         return self.channel.seal(pack(message, tensors))
