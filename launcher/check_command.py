@@ -81,7 +81,7 @@ def check_server(
     digest: DigestOption = False,
     format: FormatOption = Format.TXT,
 ) -> None:
-    """Before `flglm server`: key, job, clients, brokers, model, disk, memory, device. No broker takes it for a server."""
+    """Before `flglm server`: key, job, clients, brokers, model, disk, memory, device. It is not announced."""
     from launcher.preflight.server import ServerPlan, check_server_plan
 
     plan = ServerPlan(
