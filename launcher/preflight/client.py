@@ -57,8 +57,11 @@ def check_client_plan(plan: ClientPlan, rows: Checklist, now: datetime) -> None:
     policy = _policy(plan, rows, invitation)
     file = None if plan.job is None else job_of(rows, plan.job)
     if file is not None and plan.job is not None and invitation is not None:
-        rows.add(check_invited_job("job file", file, plan.job, invitation))
+        rows.add(check_invited_job(file, plan.job, invitation))
     welcome = None
+    if identity is None and invitation is not None:
+        for broker in invitation.brokers:
+            _name_resolves(broker, rows)
     if identity is not None and invitation is not None:
         if (owner := check_owner(identity, invitation)) is not None:
             rows.add(owner)
@@ -109,12 +112,16 @@ def _meet(
         return welcome
 
 
-def _check_way(context: Context, broker: BrokerAt, plan: ClientPlan, rows: Checklist, identity: Identity) -> bool:
+def _name_resolves(broker: BrokerAt, rows: Checklist) -> bool:
     named = check_name(broker.address)
     if named is not None:
         rows.add(named)
-        if named.status == "fail":
-            return False
+    return named is None or named.status == "ok"
+
+
+def _check_way(context: Context, broker: BrokerAt, plan: ClientPlan, rows: Checklist, identity: Identity) -> bool:
+    if not _name_resolves(broker, rows):
+        return False
     answer = check_broker(context, broker.door, identity.link, at="clients", timeout_s=plan.timeout_s)
     rows.add(answer)
     return answer.status == "ok"
@@ -167,16 +174,20 @@ def _without_job(plan: ClientPlan, rows: Checklist) -> None:
     rows.add(
         warn(
             "job",
-            "not known as long as the server is not there: policy, model, memory and disk were not held against it",
-            "check again when it is there, or give --job a copy of the job file",
+            "not known without the server's answer: policy, model, rows, memory and disk were not held against it",
+            "check again when the server answers, or give --job a copy of the job file",
         )
     )
     if plan.model is not None:
         checkpoint_of(rows, plan.model, "--model")
+    _parse_only(plan, rows)
+    rows.add(check_disk("--out", plan.out, None))
+
+
+def _parse_only(plan: ClientPlan, rows: Checklist) -> None:
     for path in (plan.data, plan.validation):
         if path is not None:
             rows.add(check_parsed(path))
-    rows.add(check_disk("--out", plan.out, 0))
 
 
 def _with_job(
@@ -194,18 +205,18 @@ def _with_job(
     if (before := check_checkpoints("--out", plan.out, job.digest().hex())) is not None:
         rows.add(before)
     checkpoint = checkpoint_of(rows, plan.model or job.model_name_or_path, "--model")
-    needed = 0
+    needed = None
     if checkpoint is not None:
         needed = _with_model(plan, rows, job, checkpoint, welcome)
     else:
-        for path in (plan.data, plan.validation):
-            if path is not None:
-                rows.add(check_parsed(path))
+        _parse_only(plan, rows)
     rows.add(check_disk("--out", plan.out, needed))
 
 
-def _with_model(plan: ClientPlan, rows: Checklist, job: Job, checkpoint: Checkpoint, welcome: Welcome | None) -> int:
-    """Rows of the model and of what is read with its tokenizer; the bytes that checkpoints need."""
+def _with_model(
+    plan: ClientPlan, rows: Checklist, job: Job, checkpoint: Checkpoint, welcome: Welcome | None
+) -> int | None:
+    """Rows of the model and of what is read with its tokenizer; the bytes that checkpoints need, if that is known."""
     if welcome is not None:
         rows.attempt(
             "same model",
@@ -220,11 +231,11 @@ def _with_model(plan: ClientPlan, rows: Checklist, job: Job, checkpoint: Checkpo
     check, split = check_split(checkpoint, job)
     rows.add(check)
     if split is None:
-        return 0
+        return None
     try:
         need = client_need(checkpoint, job, split, KEPT_CHECKPOINTS + 1)  # and the one that is being written
     except FlglmError as error:
         rows.add(fail("method", error.message, error.hint or "ask the operator for a job that fits the model"))
-        return 0
+        return None
     rows.add(check_memory(need.memory))
     return need.disk

@@ -115,14 +115,14 @@ def short(digest: str) -> str:
     return f"{digest[:SHOWN_DIGITS]}..."
 
 
-def check_invited_job(name: str, job: Job, path: Path, invitation: Invitation) -> Check:
-    """The job file is the one that the invitation names, setting for setting."""
+def check_invited_job(job: Job, path: Path, invitation: Invitation) -> Check:
+    """A site's copy of the job file is the one that the invitation names, setting for setting."""
     if job.digest() == invitation.job_digest:
-        return ok(name, f"{path} is the invitation's")
+        return ok("job file", f"{path} is the invitation's")
     return fail(
-        name,
+        "job file",
         f"{path} has digest {short(job.digest().hex())}, the invitation names {short(invitation.job)}",
-        "use the job file as it was when invited, or write new invitations: flglm invite",
+        "ask the operator for the job file as it was when invited, or for a new invitation",
     )
 
 
@@ -135,4 +135,10 @@ def check_invite_for_server(path: Path, job: Job, identity: Identity, now: datet
         return fail(name, error.message, error.hint or "write a new one: flglm invite")
     if invitation.server_public != identity.public:
         return fail(name, f"names another server key than {identity.name}'s", "write a new one: flglm invite --server")
-    return check_invited_job(name, job, path, invitation)
+    if job.digest() != invitation.job_digest:
+        return fail(
+            name,
+            f"names job {short(invitation.job)}, the job file has digest {short(job.digest().hex())}",
+            "use the job file as it was when invited, or write new invitations: flglm invite",
+        )
+    return ok(name, f"of {invitation.client}, for this key and this job")

@@ -61,7 +61,7 @@ def _readable(folder: str) -> Checkpoint:
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
     found = checkpoint.fingerprint()
-    return f"{len(checkpoint.files)} tensors, config {short(found.config)} tensors {short(found.tensors)}"
+    return f"{len(checkpoint.files)} tensors, config {short(found.config)}, tensors {short(found.tensors)}"
 
 
 def check_digest(checkpoint: Checkpoint) -> Check:

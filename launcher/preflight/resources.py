@@ -25,14 +25,16 @@ class Need:
     disk: int
 
 
-def check_disk(option: str, folder: Path, needed: int, free: Callable[[Path], int] | None = None) -> Check:
-    """Room in `folder`, or where it will be made, for `needed` bytes; and that it can be written to."""
+def check_disk(option: str, folder: Path, needed: int | None, free: Callable[[Path], int] | None = None) -> Check:
+    """`folder`, or where it will be made, can be written to, and has room for `needed` bytes, where that is known."""
     there = existing(folder)
     if not there.is_dir():
         return fail("disk", f"{there} is no folder", f"give {option} another folder")
     if not os.access(there, os.W_OK | os.X_OK):
         return fail("disk", f"{there} cannot be written to", f"give {option} another folder, or change its owner")
     room = (free or free_bytes)(there)
+    if needed is None:
+        return ok("disk", f"{size(room)} free for {folder}; how much is needed is not known")
     found = f"{size(room)} free for {folder}, checkpoints need about {size(needed)}"
     if room < needed:
         return fail("disk", found, f"make room, or give {option} a folder on a larger disk")

@@ -80,7 +80,7 @@ def _check_model(plan: ServerPlan, rows: Checklist, job: Job, device: Check) -> 
     if (before := check_checkpoints("--state", folder, job.digest().hex())) is not None:
         rows.add(before)
     need = _need(plan, rows, job)
-    rows.add(check_disk("--state", folder, 0 if need is None else need.disk))
+    rows.add(check_disk("--state", folder, None if need is None else need.disk))
     if need is None:
         return
     if plan.device.startswith("cuda") and device.status == "ok":
