@@ -10,11 +10,13 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from broker.guard import Guard, Guest, Side
+from broker.metrics import BrokerMetrics
 from broker.routing import Peer, Router, Send
 from broker.settings import BrokerSettings
 from broker.throttle import Rate, Throttle
 from shared.errors import ConnectionFailed, FlglmError
 from shared.logs import event
+from shared.monitoring import Health, new_registry
 from shared.wire.curve import check_plain, use_as_broker
 from shared.wire.envelope import Close, Frame, pack
 from shared.wire.waker import Waker
@@ -63,6 +65,9 @@ class Broker:
         self.sockets: dict[Side, zmq.Socket[bytes]] = {}
         self.frontend = ""
         self.backend = ""
+        self.health = Health()
+        self.registry = new_registry()
+        self.registry.register(BrokerMetrics(lambda: self.router, self.throttle))
         self._stopping = False
 
     def __enter__(self) -> "Broker":
@@ -96,7 +101,9 @@ class Broker:
         poller.register(self.waker.reader, zmq.POLLIN)
         tick_s = min(self.settings.heartbeat_s, self.settings.timeout_s / 4)
         next_tick = next_look = time.monotonic()
+        self.health.ready = True
         while not self._stopping:
+            self.health.beat(time.monotonic())
             wait_s = min(HELD_S if self.throttle.holds else MAX_WAIT_S, max(0.0, next_tick - time.monotonic()))
             ready = dict(poller.poll(int(wait_s * 1000) + 1))
             if self.waker.reader.fileno() in ready:
@@ -115,6 +122,7 @@ class Broker:
                 workers = {known.guest or peer for peer, known in self.router.peers.items()}
                 self.throttle.forget(workers.__contains__)
                 next_tick = now + tick_s
+        self.health.ready = False
         farewell = pack(Close(code="broker_stopping", message="the broker stops"))
         self._send([Send(peer, farewell) for peer in self.router.peers])
         event(logger, "broker_stopped", **{key: int(value) for key, value in sorted(self.router.counters.items())})

@@ -54,6 +54,11 @@ class Throttle(Generic[Message]):
     def holds(self) -> bool:
         return bool(self._holding)
 
+    @property
+    def waiting(self) -> int:
+        """Messages that wait now; from any thread."""
+        return sum(len(account.held) for account in list(self._accounts.values()))
+
     def take(self, worker: Hashable, size: int, message: Message, now: float) -> bool | None:
         """True: pass it on. False: it waits here. None: too many wait already, and this one is dropped."""
         account = self._accounts.get(worker)

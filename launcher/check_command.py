@@ -19,12 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.output import Format, FormatOption, emit, fail, succeed
-from launcher.people import BrokerCardsOption, PlainOption
+from launcher.people import BrokerCardsOption, ClientsOption, MetricsOption, PlainOption
 from launcher.preflight.checks import Check, Checklist, Status
 from shared.errors import UsageError
 
 KeyOption = Annotated[Path, typer.Option("--key", help="this role's .key file")]
-ClientsOption = Annotated[Path, typer.Option("--clients", help="folder with the cards of admitted clients")]
 TimeoutOption = Annotated[
     float, typer.Option("--connect-timeout", min=0.1, help="seconds to wait for each answer of broker and server")
 ]
@@ -54,12 +53,13 @@ def check_broker(
         "servers"
     ),
     plain: PlainOption = False,
+    metrics_address: MetricsOption = None,
     format: FormatOption = Format.TXT,
 ) -> None:
     """Before `flglm broker`: key, lists of cards, addresses."""
     from launcher.preflight.broker import BrokerPlan, check_broker_plan
 
-    plan = BrokerPlan(clients_address, servers_address, key, clients, servers, plain)
+    plan = BrokerPlan(clients_address, servers_address, key, clients, servers, plain, metrics_address)
     _run(format, lambda rows: check_broker_plan(plan, rows, datetime.now(UTC)))
 
 
@@ -77,6 +77,7 @@ def check_server(
     invite: Annotated[
         list[Path] | None, typer.Option("--invite", help="invitations to hold against the job and the key")
     ] = None,
+    metrics_address: MetricsOption = None,
     connect_timeout: TimeoutOption = 5.0,
     digest: DigestOption = False,
     format: FormatOption = Format.TXT,
@@ -97,6 +98,7 @@ def check_server(
         replicas=replicas,
         invites=invite or [],
         digest=digest,
+        metrics=metrics_address,
         timeout_s=connect_timeout,
     )
     _run(format, lambda rows: check_server_plan(plan, rows, datetime.now(UTC)))

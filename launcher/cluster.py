@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 from shared.errors import DeadlineExceeded, FlglmError
 
 STOP_S = 20.0
-TAIL_LINES = 20
+TAIL_BYTES = 16_384
+KEPT_EVENTS = 256
 
 
 class RoleFailed(FlglmError):
@@ -32,13 +34,13 @@ class RoleFailed(FlglmError):
 
 @dataclass
 class Role:
-    """One process: its events, and the tail of its log for when it fails."""
+    """One process: its latest events, and the tail of its log for when it fails."""
 
     role: str
     name: str
     process: "subprocess.Popen[str]"
     log: Path
-    events: list[dict[str, Any]] = field(default_factory=list)
+    events: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT_EVENTS))
     listener: threading.Thread | None = None
 
     @property
@@ -47,7 +49,7 @@ class Role:
 
     def last_words(self) -> str:
         """What it said was wrong: its own error line if it wrote one."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        lines = _tail(self.log).splitlines() if self.log.exists() else []
         said = [line.removeprefix("flglm: ") for line in lines if line.startswith("flglm: ")]
         return said[-1] if said else (lines[-1] if lines else f"ended with exit code {self.exit_code}")
 
@@ -71,7 +73,13 @@ class Cluster:
         self.stop()
 
     def start(self, role: str, name: str, arguments: Sequence[str]) -> Role:
-        """`flglm <arguments> --format jsonl` as a process; its log goes to `<logs>/<name>.log`."""
+        """`flglm <arguments> --format jsonl` as a process; its log goes to `<logs>/<name>.log`.
+
+        One of that name that has ended is forgotten.
+        """
+        for ended in [role for role in self.roles if role.name == name and role.exit_code is not None]:
+            self._put_away(ended)
+            self.roles.remove(ended)
         log = self.logs / f"{name}.log"
         command = [sys.executable, "-m", "launcher.main", *arguments, "--format", "jsonl"]
         with log.open("a") as stderr:
@@ -121,10 +129,14 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 role.process.kill()
                 role.process.wait()
-            if role.listener is not None:  # until it has read what the process said last
-                role.listener.join(STOP_S)
-            if role.process.stdout is not None:
-                role.process.stdout.close()
+            self._put_away(role)
+
+    @staticmethod
+    def _put_away(role: Role) -> None:
+        if role.listener is not None:  # until it has read what the process said last
+            role.listener.join(STOP_S)
+        if role.process.stdout is not None:
+            role.process.stdout.close()
 
     def _listen(self, role: Role) -> None:
         assert role.process.stdout is not None
@@ -134,3 +146,10 @@ class Cluster:
                 if isinstance(event, dict):
                     role.events.append(event)
                     self._events.put((role, event))
+
+
+def _tail(log: Path) -> str:
+    """The end of a log that may have grown for weeks."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+        return file.read().decode(errors="replace")

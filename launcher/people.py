@@ -18,6 +18,9 @@ PlainOption = Annotated[bool, typer.Option("--plain", help="links without keys, 
 BrokerCardsOption = Annotated[
     list[Path] | None, typer.Option("--broker-card", help="the .card of each --broker, or one for all")
 ]
+MetricsOption = Annotated[
+    str | None, typer.Option("--metrics-address", help="host:port for /metrics, /health and /ready; none by default")
+]
 ClientsOption = Annotated[Path, typer.Option("--clients", help="folder with the cards of admitted clients")]
 
 

@@ -11,13 +11,14 @@ import typer
 
 from launcher.output import Format, FormatOption, emit, succeed
 from launcher.peak_memory import peak_memory_bytes
-from launcher.people import BrokerCardsOption, PlainOption, brokers_at
+from launcher.people import BrokerCardsOption, MetricsOption, PlainOption, brokers_at
 from shared.allow_list import AllowList
 from shared.heap import keep_freed_memory
 from shared.identity import load_identity
 from shared.invitations import load_invitation
 from shared.job import load_job
 from shared.logs import configure
+from shared.monitoring import monitored
 
 KeyOption = Annotated[Path, typer.Option("--key", help="this role's .key file")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="threads for arithmetic")]
@@ -39,6 +40,7 @@ def broker(
         "servers"
     ),
     plain: PlainOption = False,
+    metrics_address: MetricsOption = None,
     verbose: VerboseOption = False,
     format: FormatOption = Format.TXT,
 ) -> None:
@@ -52,8 +54,9 @@ def broker(
     guard = guard_of(key, clients, servers, plain=plain)
     running = Broker(BrokerSettings(frontend=clients_address, backend=servers_address), guard=guard)
     _on_signals(running.stop)
-    with running:
-        emit(format, {"event": "ready", "clients": running.frontend, "servers": running.backend})
+    with running, monitored(metrics_address, running.registry, running.health) as watched_at:
+        addresses = {"clients": running.frontend, "servers": running.backend, "metrics": watched_at}
+        emit(format, {"event": "ready", **addresses})
         running.run()
     succeed(format, "broker stopped", {"peak_memory_bytes": peak_memory_bytes()})
 
@@ -86,6 +89,7 @@ def server(
     max_cached_tokens: Annotated[
         int, typer.Option("--max-cached-tokens", min=0, help="tokens kept for generation, over all clients")
     ] = 2**18,
+    metrics_address: MetricsOption = None,
     verbose: VerboseOption = False,
     format: FormatOption = Format.TXT,
 ) -> None:
@@ -109,7 +113,8 @@ def server(
     )
     running = Server(settings, loaded, identity, AllowList(clients).names)
     _on_signals(running.stop)
-    running.run()
+    with monitored(metrics_address, running.registry, running.health):
+        running.run()
     succeed(
         format,
         f"server stopped after {running.completed_rounds} of {loaded.rounds.count} rounds",

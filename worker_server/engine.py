@@ -5,8 +5,9 @@ It knows no sockets and no sessions. An error in it is kept and raised to whoeve
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 import torch
@@ -33,10 +34,12 @@ QUEUE_LENGTH = 64
 
 @dataclass(frozen=True)
 class Computed:
-    """The outcome of `work`: a tensor for each ticket, where there is one to send."""
+    """The outcome of `work`: a tensor for each ticket, where there is one to send. Monotonic times."""
 
     work: Work
     answers: tuple[tuple[Ticket, Tensor | None], ...] = ()
+    began: float = 0.0
+    ended: float = 0.0
 
 
 class Engine:
@@ -91,7 +94,9 @@ class Engine:
             torch.set_num_threads(self.threads)
         try:
             while (work := self.works.get()) is not None:
-                self.outcomes.put(self._do(work))
+                began = time.monotonic()
+                outcome = self._do(work)
+                self.outcomes.put(replace(outcome, began=began, ended=time.monotonic()))
                 self.wake()
         except Exception as error:  # noqa: BLE001 - carried to the owner by collect(), which raises it
             self.outcomes.put(error)

@@ -15,15 +15,18 @@ from shared.model.checkpoint import Checkpoint
 from shared.model.families import context_length
 from shared.model.plan import SplitPlan
 from shared.model.trainable import make_trainable, update_shapes
+from shared.monitoring import Health, new_registry
 from shared.payload.messages import Welcome
 from shared.wire.connection import hello
 from shared.wire.waker import Waker
 from worker_server.brokers import Brokers
+from worker_server.cohort_metrics import CohortMetrics
 from worker_server.engine import Engine
 from worker_server.greedy import Greedy
 from worker_server.inference import Inference
 from worker_server.intake import Intake
 from worker_server.lockstep import Lockstep
+from worker_server.metrics import ServerMetrics
 from worker_server.progress import Progress
 from worker_server.replicas import Place, Replicas, device_of, place_of
 from worker_server.rounds import Plan, Rounds
@@ -64,6 +67,8 @@ class Server:
         self.admitted = admitted
         self.context = context or zmq.Context.instance()
         self.service: Service | None = None
+        self.health = Health()
+        self.registry = new_registry()
         self._stop = threading.Event()
 
     @property
@@ -136,8 +141,11 @@ class Server:
                     tensor_table=fingerprint.tensors,
                     weights=fingerprint.weights,
                 ),
+                CohortMetrics(self.registry),
+                self.health,
                 replicas,
             )
+            self.registry.register(ServerMetrics(self.service, state))
             if not self._stop.is_set():
                 self.service.run()
 

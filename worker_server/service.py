@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shared.errors import ConnectionFailed, FlglmError, PeerError, Refused
 from shared.logs import event
+from shared.monitoring import Health
 from shared.payload.messages import (
     Backward,
     Confirm,
@@ -35,6 +36,7 @@ from shared.wire.envelope import MAX_REASON_CHARS, Close, Data, Envelope, Frame,
 from shared.wire.envelope import pack as pack_envelope
 from shared.wire.waker import Waker
 from worker_server.brokers import Brokers
+from worker_server.cohort_metrics import CohortMetrics
 from worker_server.engine import Computed, Engine
 from worker_server.inference import Inference
 from worker_server.intake import Intake
@@ -89,6 +91,8 @@ class Service:
         brokers: Brokers,
         waker: Waker,
         welcome: Welcome,
+        metrics: CohortMetrics,
+        health: Health,
         replicas: Replicas | None = None,
     ) -> None:
         self.settings = settings
@@ -101,6 +105,8 @@ class Service:
         self.brokers = brokers
         self.waker = waker
         self.welcome = welcome
+        self.metrics = metrics
+        self.health = health
         self.replicas = replicas
         self.state = State.RUNNING
         self.counters: Counter[str] = Counter()
@@ -126,10 +132,13 @@ class Service:
         poller.register(self.waker.reader, zmq.POLLIN)
         try:
             while self.state is State.RUNNING and not self._all_done(time.monotonic()):
+                self.health.beat(time.monotonic())
+                self.health.ready = any(connection.up for connection in self.brokers.connections)
                 poller.poll(self._poll_ms(time.monotonic()))
                 self.waker.drain()
                 self._turn(time.monotonic())
         finally:
+            self.health.ready = False
             self._farewell()
             self.engine.stop(STOP_S)
 
@@ -212,7 +221,10 @@ class Service:
         try:
             _, message, frames = self.sessions.read(envelope)
             request = getattr(message, "request", None)
-            self._carry_out(self._handle(session, message, frames, now))
+            instructions = self._handle(session, message, frames, now)
+            if isinstance(message, Forward | Backward | Generate):
+                session.unanswered[message.request] = now
+            self._carry_out(instructions)
         except (PeerError, Refused) as error:
             self._count_refusal(error, session.id)
             self._send(session, Refusal(request=request, code=code_of(error), message=error.message[:500]))
@@ -295,6 +307,7 @@ class Service:
                     session = self.sessions.get(session_id)
                     self.counters[f"refused_{code}"] += 1
                     if session is not None:
+                        session.unanswered.pop(request, None)
                         self._send(session, Refusal(request=request, code=code, message=text))
                 case Restore(round_):
                     event(logger, "round_undone", round=round_)
@@ -307,10 +320,15 @@ class Service:
                     self.engine.submit(instruction)
 
     def _deliver(self, outcome: Computed, now: float) -> None:
+        waits = []
         for ticket, tensor in outcome.answers:
             session = self.sessions.get(ticket.session)
             if session is not None:
+                waits.append(outcome.began - session.unanswered.pop(ticket.request, outcome.began))
                 self._answer(session, outcome, ticket, tensor)
+        self.metrics.computed(waits, outcome.ended - outcome.began)
+        if isinstance(outcome.work, RunForward | RunEvaluation | RunGeneration):
+            self.metrics.forward([ticket.tokens for ticket in outcome.work.tickets])
         match outcome.work:
             case RunForward():
                 self._carry_out(self.rounds.forward_done(outcome.work.cohort, now))

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
@@ -23,6 +23,7 @@ class Session:
     """One client's session. `confirmed`: a record of it has opened, so the client is really there, now.
 
     `joined`: it has come to train. Others look and go, and the job goes on as if they had not been there.
+    `unanswered`: when requests for the trunk came that wait for their answers, by number.
     """
 
     id: bytes
@@ -32,6 +33,7 @@ class Session:
     opened_at: float
     confirmed: bool = False
     joined: bool = False
+    unanswered: dict[int, float] = field(default_factory=dict)
 
     def seal(self, message: Message, tensors: Sequence[Frame] = ()) -> Envelope:
         return self.channel.seal(pack(message, tensors))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launcher.preflight.checks import Checklist, fail
 from launcher.preflight.files import check_cards, check_clock, identity_of
-from launcher.preflight.network import check_free
+from launcher.preflight.network import check_free, check_metrics
 from shared.errors import UsageError
 from shared.wire.curve import check_plain
 
@@ -21,6 +21,7 @@ class BrokerPlan:
     clients: Path
     servers: Path
     plain: bool
+    metrics: str | None = None
 
 
 def check_broker_plan(plan: BrokerPlan, rows: Checklist, now: datetime) -> None:
@@ -36,6 +37,8 @@ def check_broker_plan(plan: BrokerPlan, rows: Checklist, now: datetime) -> None:
     rows.add(check_clock(now, [path for path in (plan.key, plan.clients, plan.servers) if path is not None]))
     for row in check_free(addresses):
         rows.add(row)
+    if plan.metrics is not None:
+        rows.add(check_metrics(plan.metrics))
 
 
 def _check_plain(addresses: dict[str, str], rows: Checklist) -> None:

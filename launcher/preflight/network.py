@@ -3,7 +3,7 @@
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from ipaddress import AddressValueError, IPv4Address
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,7 +12,8 @@ import psutil
 import zmq
 
 from launcher.preflight.checks import Check, fail, ok
-from shared.errors import ConnectionFailed, FlglmError, HandshakeError
+from shared.errors import ConnectionFailed, FlglmError, HandshakeError, UsageError
+from shared.monitoring import split_address
 from shared.wire.connection import BrokerConnection, hello
 from shared.wire.curve import Door, LinkKeys
 from shared.wire.envelope import Close
@@ -37,12 +38,11 @@ def probing() -> Iterator[Context]:
 
 def check_free(addresses: dict[str, str]) -> list[Check]:
     """One row an address, by name of the row. Nothing listens meanwhile, so that no worker connects to a probe."""
-    with ExitStack() as held:
-        taken: dict[tuple[str, int], str] = {}
-        return [_check_one_free(name, address, taken, held) for name, address in addresses.items()]
+    taken: dict[tuple[str, int], str] = {}
+    return [_check_one_free(name, address, taken) for name, address in addresses.items()]
 
 
-def _check_one_free(name: str, address: str, taken: dict[tuple[str, int], str], held: ExitStack) -> Check:
+def _check_one_free(name: str, address: str, taken: dict[tuple[str, int], str]) -> Check:
     mend = f"stop what uses it (perhaps this broker runs already), or give another --{name.replace(' ', '-')}"
     parts = urlsplit(address)
     if parts.scheme == "ipc":
@@ -50,18 +50,36 @@ def _check_one_free(name: str, address: str, taken: dict[tuple[str, int], str], 
     try:
         if parts.scheme != "tcp":
             raise ValueError("it must begin with tcp:// or ipc://")
-        place = host, port = _own_address(parts.netloc)
+        place = _own_address(parts.netloc)
     except ValueError as error:
         return fail(name, f"{address} is no address to listen on: {error}", "write tcp://HOST:PORT, tcp://*:5555")
-    if port and place in taken:
+    if place[1] and place in taken:
         return fail(name, f"{address} is given for {taken[place]} too", "give each door a port of its own")
     taken[place] = name
-    probe = held.enter_context(socket.socket())
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return _bind(name, address, place, mend)
+
+
+def check_metrics(address: str) -> Check:
+    """Whether `/metrics` can be served at this address."""
+    name = "metrics address"
     try:
-        probe.bind((host, port))
+        host, port = split_address(address)
+        host = socket.gethostbyname(host)
+    except UsageError as error:
+        return fail(name, error.message, error.hint or "host:port")
     except OSError as error:
-        return fail(name, f"cannot listen on {address}: {error.strerror}", mend)
+        return fail(name, f"{address}: {error.strerror or error}", "give an address of this machine")
+    return _bind(name, address, (host, port), "stop what uses it, or give another --metrics-address")
+
+
+def _bind(name: str, address: str, place: tuple[str, int], mend: str) -> Check:
+    """Bound, which fails where somebody listens, and not listened to."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(place)
+        except OSError as error:
+            return fail(name, f"cannot listen on {address}: {error.strerror}", mend)
     return ok(name, f"{address} is free")
 
 

@@ -11,7 +11,7 @@ from launcher.people import brokers_at
 from launcher.preflight.checks import Check, Checklist, fail, ok
 from launcher.preflight.files import check_cards, check_clock, check_invite_for_server, identity_of, job_of
 from launcher.preflight.models import check_digest, check_split, checkpoint_of, server_need
-from launcher.preflight.network import Context, check_broker, check_name, probing
+from launcher.preflight.network import Context, check_broker, check_metrics, check_name, probing
 from launcher.preflight.resources import Need, check_checkpoints, check_disk, check_memory
 from shared.errors import JobError
 from shared.identity import Identity
@@ -36,6 +36,7 @@ class ServerPlan:
     replicas: int = 1
     invites: Sequence[Path] = ()
     digest: bool = False
+    metrics: str | None = None
     timeout_s: float = 5.0
 
 
@@ -47,6 +48,8 @@ def check_server_plan(plan: ServerPlan, rows: Checklist, now: datetime) -> None:
         for path in plan.invites:
             rows.add(check_invite_for_server(path, job, identity, now))
     _check_brokers(plan, rows, identity)
+    if plan.metrics is not None:
+        rows.add(check_metrics(plan.metrics))
     device = check_device(plan.device)
     rows.add(device)
     if job is not None:

@@ -18,7 +18,7 @@ name: tiny
 model_name_or_path: replaced
 method: {type: full}
 training: {per_device_train_batch_size: 4}
-rounds: {count: 3, local_steps: 4}
+rounds: {count: 5, local_steps: 20}
 data: {max_length: 24}
 """
 PATIENCE_S = 240
@@ -56,8 +56,8 @@ def finish(process: "subprocess.Popen[str]") -> tuple[str, str]:
 def test_the_report_says_what_was_gained_and_an_interrupted_run_ends_the_same(site: Path) -> None:
     out, _ = finish(start(site, "whole"))
     report = json.loads((site / "whole" / "report.json").read_text())
-    assert report["rounds"] == 3
-    assert report["steps"] == 12
+    assert report["rounds"] == 5
+    assert report["steps"] == 100
     assert set(report["quality"]["alone"]) == {"a", "b"}
     assert report["wire_bytes"]["up"] > 0
     assert report["wire_bytes"]["down"] > 0

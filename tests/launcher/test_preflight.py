@@ -22,7 +22,7 @@ from launcher.in_process import Background, Site, serving, train_one
 from launcher.main import main
 from launcher.preflight.checks import Check, Checklist, Status, one_line
 from launcher.preflight.files import check_clock, check_expiry
-from launcher.preflight.network import check_free, check_name
+from launcher.preflight.network import check_free, check_metrics, check_name
 from launcher.preflight.resources import available_memory, check_checkpoints, check_disk, check_memory, size
 from launcher.preflight.server import check_device
 from shared import state_files
@@ -252,6 +252,16 @@ def test_addresses_to_listen_on(tmp_path: Path) -> None:
         listening.listen()
         assert status(f"ipc://{path}") == ["fail"]
     assert path.exists()
+
+
+def test_an_address_to_be_watched_at() -> None:
+    assert check_metrics("localhost:0").status is Status.OK
+    assert [check_metrics(address).status for address in ("nonsense", "no-such-host.invalid:1")] == ["fail", "fail"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        row = check_metrics(f"127.0.0.1:{taken.getsockname()[1]}")
+    assert (row.status, "--metrics-address" in row.mend) == (Status.FAIL, True)
 
 
 # Keys, cards, clock

@@ -1,0 +1,55 @@
+"""The server's numbers for those who watch it."""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from shared import state_files
+from worker_server.service import Service
+
+REFUSED = "refused_"
+
+
+class ServerMetrics(Collector):
+    """`flglm_server_…`, read off the state when asked for; labels are directions and codes of refusals."""
+
+    def __init__(self, service: Service, state: Path) -> None:
+        self.service = service
+        self.state = state
+
+    def collect(self) -> Iterable[Metric]:
+        sessions = list(self.service.sessions)
+        gauges = {
+            "sessions": ("Open sessions.", len(sessions)),
+            "round": ("Completed rounds.", self.service.rounds.round),
+            "queue_requests": ("Requests not yet answered.", sum(len(session.unanswered) for session in sessions)),
+            "brokers": ("Brokers that answer.", sum(connection.up for connection in self.service.brokers.connections)),
+        }
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(f"flglm_server_{name}", text, value=value)
+        yield from self._checkpoint_age()
+        counted = self.service.metrics.counters.copy()
+        yield CounterMetricFamily("flglm_server_cohorts", "Forwards of the trunk.", value=counted["cohorts"])
+        yield CounterMetricFamily("flglm_server_cohort_tokens", "Tokens in them.", value=counted["tokens"])
+        yield CounterMetricFamily(
+            "flglm_server_compute_seconds", "Time the trunk was busy.", value=counted["microseconds"] / 1e6
+        )
+        passed = CounterMetricFamily("flglm_server_bytes", "Sealed bytes of sessions.", labels=["direction"])
+        passed.add_metric(["up"], sum(connection.bytes_received for connection in self.service.brokers.connections))
+        passed.add_metric(["down"], sum(connection.bytes_sent for connection in self.service.brokers.connections))
+        yield passed
+        refused = CounterMetricFamily("flglm_server_refusals", "Messages and sessions refused.", labels=["code"])
+        for name, count in self.service.counters.copy().items():
+            if name.startswith(REFUSED):
+                refused.add_metric([name.removeprefix(REFUSED)], count)
+        yield refused
+
+    def _checkpoint_age(self) -> Iterable[Metric]:
+        written = state_files.newest_written_at(self.state)
+        if written is not None:
+            yield GaugeMetricFamily(
+                "flglm_server_checkpoint_age_seconds", "Since the last checkpoint.", value=max(0, time.time() - written)
+            )
