@@ -4,7 +4,10 @@ Exit codes: 0 ok, 1 refused, 2 connection or authentication, 3 timeout, 4 bad ar
 130 interrupted.
 """
 
+import os
 import sys
+import traceback
+from types import TracebackType
 
 import typer
 
@@ -49,6 +52,8 @@ client.command("train")(roles.client_train)
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit with its code."""
     words = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        sys.excepthook = _crashed
     machine = any(word in ("json", "jsonl", "--format=json", "--format=jsonl") for word in words)
     try:
         sys.exit(app(args=words, standalone_mode=False) or 0)
@@ -64,6 +69,15 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("flglm: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What flglm did not raise on purpose: a traceback, and the exit code "internal". Python's own would be "refused",
+    after which no supervisor starts a role again.
+    """
+    traceback.print_exception(kind, error, trace)
+    sys.stdout.flush()
+    os._exit(FlglmError.exit_code)
 
 
 if __name__ == "__main__":
