@@ -151,7 +151,7 @@ def check_broker(context: Context, door: Door, keys: LinkKeys, *, at: str, timeo
         side = "" if at == "clients" else " with --clients servers; and see that it is the address for servers"
         return fail(name, error.message, f"send your card to the broker's operator, who types flglm admit{side}")
     except ConnectionFailed as error:
-        return fail(name, f"{error.message}{_listening(door)}", error.hint or elsewhere)
+        return fail(name, error.message, error.hint or elsewhere)
     except FlglmError as error:
         return fail(name, error.message, error.hint or elsewhere)
     answered_by = "clients" if refusal is None else "servers" if refusal.code == "wrong_side" else None
@@ -183,7 +183,7 @@ def knock(context: Context, door: Door, keys: LinkKeys, timeout_s: float) -> Clo
             if envelope is not None and isinstance(envelope.header, Close):
                 return envelope.header
     raise ConnectionFailed(
-        f"no broker answers at {door.address} (waited {timeout_s:g} s)",
+        f"no broker answers at {door.address} (waited {timeout_s:g} s){_listening(door)}",
         hint="start it with 'flglm broker', or check address, firewall and the broker's card",
     )
 

@@ -22,12 +22,12 @@ from launcher.in_process import Background, Site, serving, train_one
 from launcher.main import main
 from launcher.preflight.checks import Check, Checklist, Status, one_line
 from launcher.preflight.files import check_clock, check_expiry
-from launcher.preflight.network import check_free, check_metrics, check_name
+from launcher.preflight.network import check_broker, check_free, check_metrics, check_name, probing
 from launcher.preflight.resources import available_memory, check_checkpoints, check_disk, check_memory, size
 from launcher.preflight.server import check_device
 from shared import state_files
 from shared.allow_list import AllowList, revoke
-from shared.identity import load_identity
+from shared.identity import generate_identity, load_identity
 from shared.invitations import load_invitation
 from shared.job import Job
 from shared.wire.curve import Door
@@ -356,6 +356,32 @@ def test_a_name_that_does_not_resolve(house: House) -> None:
     local = check_name("tcp://localhost:1")
     assert local is not None
     assert local.status is Status.OK
+
+
+def test_plain_doors_and_doors_that_are_mixed_up() -> None:
+    with probing() as context, Broker(BrokerSettings(frontend=ANYWHERE, backend=ANYWHERE), context) as broker:
+        routing = Background("broker", broker.run)
+        keys = generate_identity("a").link
+
+        def look(address: str, at: str, key: bytes | None = None) -> str:
+            return check_broker(context, Door(address, key), keys, at=at, timeout_s=2).found
+
+        assert look(broker.frontend, "clients") == look(broker.backend, "servers") == "answers, plain"
+        assert "address for servers, not for clients" in look(broker.backend, "clients")
+        assert "another security protocol" in look(broker.frontend, "clients", keys.public)
+        assert broker.router.servers == {}
+        broker.stop()
+        routing.join()
+
+
+def test_a_broker_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("broker.routing.PROTOCOL_VERSION", 2)
+    with probing() as context, Broker(BrokerSettings(frontend=ANYWHERE, backend=ANYWHERE), context) as broker:
+        routing = Background("broker", broker.run)
+        found = check_broker(context, Door(broker.frontend), generate_identity("a").link, at="clients", timeout_s=2)
+        broker.stop()
+        routing.join()
+    assert (found.status, "same version" in found.mend) == (Status.FAIL, True)
 
 
 # What the server says
