@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,59 +24,19 @@ from benchmarks.fidelity import ALL, Case, make_job, random_rows
 from benchmarks.reporting import Goal, parser, publish
 from benchmarks.tiny_models import save_tiny_model
 from launcher.in_process import CLIENTS, Background, Serving, Site, serving, train_in_process, train_one, trunk_tensors
+from loadtest.malice import Malice
 from shared import PROTOCOL_VERSION
 from shared.identity import key_digest
 from shared.job import Job, Rounds
-from shared.payload.messages import Backward, Confirm, Forward, Generate, Join, Release, Update
+from shared.payload.messages import Confirm
 from shared.payload.messages import pack as pack_message
-from shared.payload.tensors import encode
 from shared.secure.handshake import ClientHandshake
-from shared.secure.records import Channel
 from shared.wire.connection import BrokerConnection, hello
 from shared.wire.curve import Door
-from shared.wire.envelope import Accept, Close, Data, Envelope, Frame, Hello, Open, Ping, pack
+from shared.wire.envelope import Accept, Close, Data, Envelope, Open, pack
 
 BATCH = 100
 WAIT_S = 30.0
-BOMBS = (
-    b"\x91" * 4000,
-    b"\xdf\xff\xff\xff\xff",
-    b"\xc6\xff\xff\xff\xff",
-    b"\x81" * 2000 + b"\xc0",
-    b"\xdd\x7f\xff\xff\xff",
-)
-
-
-def mutate(chance: random.Random, frames: Sequence[Frame]) -> list[bytes]:
-    """One or a few changes to a message's frames."""
-    changed = [bytes(frame) for frame in frames]
-    for _ in range(chance.randint(1, 3)):
-        if not changed:
-            return [chance.randbytes(8)]
-        index = chance.randrange(len(changed))
-        frame = changed[index]
-        match chance.randrange(9):
-            case 0:
-                flipped = bytearray(frame or b"\0")
-                flipped[chance.randrange(len(flipped))] ^= 1 << chance.randrange(8)
-                changed[index] = bytes(flipped)
-            case 1:
-                changed[index] = frame[: chance.randrange(len(frame) + 1)]
-            case 2:
-                changed[index] = frame + chance.randbytes(chance.randrange(1, 40))
-            case 3:
-                changed.insert(index, frame)
-            case 4:
-                del changed[index]
-            case 5:
-                chance.shuffle(changed)
-            case 6:
-                changed[index] = chance.choice(BOMBS)
-            case 7:
-                changed[index] = chance.randbytes(chance.randrange(200))
-            case _:
-                changed.extend([b"x"] * chance.choice((1, 50)))
-    return changed or [b""]
 
 
 class Attacker:
@@ -91,15 +50,9 @@ class Attacker:
         self.heard: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
         self.session = b""
-        self.channel = self._open()
-        self.kinds: dict[str, Callable[[], list[Frame]]] = {
-            "no message": self._garbage,
-            "mutated envelope": self._envelope,
-            "record that does not open": self._forged,
-            "record with other contents": self._sealed,
-        }
+        self.malice = self._open()
 
-    def _open(self) -> Channel:
+    def _open(self) -> Malice:
         identity = self.running.clients["hostile"]
         server = self.running.server.public
         self.session = self.chance.randbytes(16)
@@ -116,7 +69,7 @@ class Attacker:
                 if isinstance(envelope.header, Accept) and envelope.header.session == self.session:
                     channel, _ = handshake.finish(bytes(envelope.body[0]))
                     self._say(channel.seal(pack_message(Confirm())))
-                    return channel
+                    return Malice(self.chance, self.session, channel)
                 if isinstance(envelope.header, Close):
                     self.heard[envelope.header.code] += 1
                 if isinstance(envelope.header, Close) and envelope.header.code in ("no_such_server", "unknown_peer"):
@@ -126,10 +79,10 @@ class Attacker:
         raise TimeoutError(f"the server does not answer an honest greeting; heard {dict(self.heard)}")
 
     def batch(self) -> None:
-        kind = self.chance.choice(list(self.kinds))
+        kind = self.chance.choice(list(self.malice.kinds))
         for _ in range(BATCH):
             try:
-                self.connection.socket.send_multipart(self.kinds[kind](), zmq.DONTWAIT)
+                self.connection.socket.send_multipart(self.malice.kinds[kind](), zmq.DONTWAIT)
             except zmq.Again:
                 break
             self.sent[kind] += 1
@@ -153,47 +106,7 @@ class Attacker:
         if unknown:
             self._say(pack(hello("client")))
         if lost or unknown:
-            self.channel = self._open()
-
-    def _garbage(self) -> list[Frame]:
-        return [self.chance.randbytes(self.chance.randrange(60)) for _ in range(self.chance.randrange(1, 6))]
-
-    def _envelope(self) -> list[Frame]:
-        chance = self.chance
-        header = chance.choice(
-            (
-                Ping(),
-                Hello(version=1, role=chance.choice(("client", "server")), identity=chance.choice((None, bytes(32)))),
-                Open(version=1, session=chance.randbytes(16), server=chance.randbytes(32), job=bytes(32)),
-                Accept(session=self.session),
-                Data(session=chance.choice((self.session, bytes(16))), sequence=chance.randrange(2**20)),
-                Close(session=bytes(16), code="over", message="x"),
-            )
-        )
-        body: list[Frame] = [b"x"] if isinstance(header, Open | Accept | Data) else []
-        return list(mutate(chance, pack(header, body).frames()))
-
-    def _forged(self) -> list[Frame]:
-        sequence = self.channel.sealer._direction.sequence + self.chance.choice((0, 0, 1, -1))
-        header = Data(session=self.session, sequence=max(0, sequence))
-        return pack(header, [self.chance.randbytes(self.chance.randrange(80)) for _ in range(2)]).frames()
-
-    def _sealed(self) -> list[Frame]:
-        chance = self.chance
-        info, frame = encode("hidden", torch.randn(3, 32), "float32")
-        request = chance.randrange(2**31)
-        message = chance.choice(
-            (
-                Join(request=request, rows=3),
-                Forward(request=request, purpose="train", lengths=(3,), target_tokens=2, tensors=(info,)),
-                Backward(request=request, forward=1, tensors=(info.model_copy(update={"name": "gradient"}),)),
-                Update(request=request, round=0, weight=1, tensors=(info,)),
-                Generate(request=request, stream=1, lengths=(3,), tensors=(info,)),
-                Release(stream=1),
-            )
-        )
-        frames = pack_message(message, [] if isinstance(message, Join | Release) else [frame])
-        return self.channel.seal(mutate(chance, frames)).frames()
+            self.malice = self._open()
 
 
 def resident_mib() -> float:

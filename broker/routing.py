@@ -39,6 +39,9 @@ from shared.wire.envelope import (
     parse,
 )
 
+# After so many intervals without a PING the broker looks whether the connection is still open.
+LATE_PINGS = 1.5
+
 UP, DOWN = ("messages_up", "bytes_up"), ("messages_down", "bytes_down")
 
 
@@ -109,9 +112,19 @@ class Router:
         return [self._refuse(peer, None, "envelope", "a message that only a broker sends")]
 
     def tick(self, now: float) -> list[Send]:
-        """End the connections of those who have been silent too long."""
-        silent = [p for p, known in self.peers.items() if now - known.heard > self.settings.timeout_s]
-        return [send for peer in silent for send in self.expel(peer, "timed_out", "silent for too long")]
+        """End the connections of those who have been silent too long, and knock where a PING is overdue.
+
+        Only by sending does ZeroMQ tell that a connection is closed: whoever was killed is missed then, not at the
+        timeout.
+        """
+        silence = {peer: now - known.heard for peer, known in self.peers.items()}
+        sends: list[Send] = []
+        for peer, silent_s in silence.items():
+            if silent_s > self.settings.timeout_s:
+                sends += self.expel(peer, "timed_out", "silent for too long")
+            elif silent_s > LATE_PINGS * self.settings.heartbeat_s:
+                sends.append(Send(peer, pack(Pong())))
+        return sends
 
     def lost(self, peer: Peer) -> list[Send]:
         """A peer is gone: forget it and tell the other ends of its sessions."""

@@ -13,6 +13,7 @@ import typer
 
 from launcher import check_command, demo_command, people, roles
 from launcher.output import fail
+from loadtest import command as load
 from shared.errors import FlglmError, UsageError
 
 INTERRUPTED = 130
@@ -26,6 +27,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("loadtest")(load.loadtest)
+app.command("loadtest-crowd", hidden=True)(load.crowd)
 client = typer.Typer(help="A data owner's side.", no_args_is_help=True)
 check = typer.Typer(help="Before a role is started: what is wrong, and what to type to mend it.", no_args_is_help=True)
 keys = typer.Typer(help="Identities: private keys and the cards that go with them.", no_args_is_help=True)

@@ -11,6 +11,8 @@ from launcher.report_data import Curve, Process, Report, alone_text, bytes_text,
 from launcher.wire_picture import wire_picture
 
 TEMPLATE = Path(__file__).with_name("report.html")
+# For every page that flglm writes.
+STYLE = Path(__file__).with_name("style.css")
 CLIENT_COLOURS = 7
 POOLED_COLOUR = 7
 # Thick bars for the few that matter most.
@@ -23,6 +25,7 @@ MOST_POINTS = 400
 def page(report: Report) -> str:
     """The whole page. Every text from the report is escaped."""
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        style=STYLE.read_text(encoding="utf-8"),
         title=escape(report.title),
         headline=_headline(report),
         summary=_summary(report),

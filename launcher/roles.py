@@ -40,6 +40,9 @@ def broker(
         "servers"
     ),
     plain: PlainOption = False,
+    max_peers: Annotated[
+        int, typer.Option("--max-peers", min=1, help="connected workers, clients and servers together")
+    ] = 4096,
     metrics_address: MetricsOption = None,
     verbose: VerboseOption = False,
     format: FormatOption = Format.TXT,
@@ -52,7 +55,8 @@ def broker(
     configure("broker", verbose=verbose)
     keep_freed_memory()
     guard = guard_of(key, clients, servers, plain=plain)
-    running = Broker(BrokerSettings(frontend=clients_address, backend=servers_address), guard=guard)
+    settings = BrokerSettings(frontend=clients_address, backend=servers_address, max_peers=max_peers)
+    running = Broker(settings, guard=guard)
     _on_signals(running.stop)
     with running, monitored(metrics_address, running.registry, running.health) as watched_at:
         addresses = {"clients": running.frontend, "servers": running.backend, "metrics": watched_at}
@@ -89,6 +93,9 @@ def server(
     max_cached_tokens: Annotated[
         int, typer.Option("--max-cached-tokens", min=0, help="tokens kept for generation, over all clients")
     ] = 2**18,
+    max_sessions: Annotated[
+        int, typer.Option("--max-sessions", min=1, help="open sessions, of all clients together")
+    ] = 1024,
     metrics_address: MetricsOption = None,
     verbose: VerboseOption = False,
     format: FormatOption = Format.TXT,
@@ -110,6 +117,7 @@ def server(
         rendezvous=rendezvous,
         max_kept_tokens=max_kept_tokens,
         max_cached_tokens=max_cached_tokens,
+        max_sessions=max_sessions,
     )
     running = Server(settings, loaded, identity, AllowList(clients).names)
     _on_signals(running.stop)

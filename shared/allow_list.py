@@ -1,5 +1,7 @@
 """Who is admitted: a folder of cards. Adding a card admits, removing it revokes, at once, also who is connected."""
 
+import os
+import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -41,12 +43,22 @@ def revoke(name: str, directory: Path) -> None:
         remove(path)
 
 
+# A card that was edited in place, or came in the same tick of the clock as another, is seen after so long at most;
+# one that was added or removed at once, since that changes the folder.
+LOOK_S = 0.5
+
+
 class AllowList:
-    """The cards in `directory`, as they are at each look-up (read again only when files have changed)."""
+    """The cards in `directory`, as they are at each look-up, read again only when something has changed.
+
+    Thousands of cards are looked at a few times a second, however often they are asked for.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._seen: list[tuple[str, int, int, int]] | None = None
+        self._folder_changed = 0
+        self._looked_at = 0.0
         self._admitted: dict[bytes, Card] = {}
 
     def cards(self) -> Mapping[bytes, Card]:
@@ -54,11 +66,15 @@ class AllowList:
 
         Raises KeyFileError, so admits nobody new, as long as a card is corrupt or two cards share a name or a key.
         """
-        state = sorted(_stamp(path) for path in _card_paths(self.directory))
+        changed, now = _changed(self.directory), time.monotonic()
+        if self._seen is not None and changed == self._folder_changed and now - self._looked_at < LOOK_S:
+            return self._admitted
+        state = _stamps(self.directory)
         if state != self._seen:
             self._seen = None
             self._admitted = _unambiguous(self.directory)
             self._seen = state
+        self._folder_changed, self._looked_at = changed, now
         return self._admitted
 
     def names(self) -> Mapping[bytes, str]:
@@ -76,19 +92,30 @@ def _cards(directory: Path) -> dict[Path, Card]:
     return {path: load_card(path) for path in _card_paths(directory)}
 
 
-def _stamp(path: Path) -> tuple[str, int, int, int]:
+def _changed(directory: Path) -> int:
     try:
-        status = path.stat()
+        return directory.stat().st_mtime_ns
+    except OSError:
+        raise KeyFileError(f"{directory} is no folder of cards") from None
+
+
+def _stamps(directory: Path) -> list[tuple[str, int, int, int]]:
+    """What changes with a card's file: name, time, size, place."""
+    try:
+        with os.scandir(directory) as entries:
+            found = [(entry.name, entry.stat()) for entry in entries if entry.name.endswith(".card")]
     except OSError as error:
-        raise KeyFileError(f"{path}: {error.strerror}") from None
-    return path.name, status.st_mtime_ns, status.st_size, status.st_ino
+        raise KeyFileError(f"{directory}: {error.strerror}") from None
+    return sorted((name, status.st_mtime_ns, status.st_size, status.st_ino) for name, status in found)
 
 
 def _unambiguous(directory: Path) -> dict[bytes, Card]:
     cards: dict[bytes, Card] = {}
+    taken: set[str | bytes] = set()
     for path, card in _cards(directory).items():
-        for other in cards.values():
-            if card.public == other.public or card.link_public == other.link_public or card.name == other.name:
-                raise KeyFileError(f"{path}: {card.name}, or its key, is admitted by another card too: remove one")
+        own: set[str | bytes] = {card.name, card.public, card.link_public}
+        if own & taken:
+            raise KeyFileError(f"{path}: {card.name}, or its key, is admitted by another card too: remove one")
+        taken |= own
         cards[card.public] = card
     return cards

@@ -50,6 +50,11 @@ class Sealer:
         self._session = session
         self._direction = _Direction(key)
 
+    @property
+    def sequence(self) -> int:
+        """The number of the next record."""
+        return self._direction.sequence
+
     def seal(self, frames: Sequence[Frame]) -> Envelope:
         """A DATA message with one sealed frame (16 bytes longer) a frame.
 

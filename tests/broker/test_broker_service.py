@@ -168,6 +168,21 @@ def test_a_vanished_server_is_noticed_when_something_is_sent_to_it(context: Cont
         assert code_heard(client) == "server_gone"
 
 
+def test_a_vanished_client_is_missed_when_its_ping_is_late_long_before_the_timeout(
+    context: Context, connect: Connect
+) -> None:
+    settings = BrokerSettings(frontend=ANYWHERE, backend=ANYWHERE, heartbeat_s=0.1, timeout_s=600)
+    with running(context, settings) as broker:
+        server = greeted(connect, broker.backend, IDENTITY)
+        client = greeted(connect, broker.frontend)
+        session_between(client, server)
+        client.close(0)
+        while (envelope := hear(server)).header == Pong():
+            pass
+        assert isinstance(envelope.header, Close)
+        assert envelope.header.code == "client_gone"
+
+
 def test_a_worker_of_a_restarted_broker_learns_that_it_must_greet_again(connect: Connect) -> None:
     # Leaving a context waits until its ports are free.
     with zmq.Context() as one, running(one) as first:

@@ -109,8 +109,8 @@ def test_a_silent_worker_is_gone_and_the_other_end_is_told(gone: Peer, told: Pee
     for peer in {CLIENT, OTHER, SERVER} - {gone}:
         (answer,) = router.handle(peer, frames(Ping()), 10)
         assert isinstance(answer.envelope.header, Pong)
-    assert router.tick(15) == []
-    sends = router.tick(15.1)
+    assert {type(send.envelope.header) for send in router.tick(15)} == {Pong}  # it looks whether they are there
+    sends = [send for send in router.tick(15.1) if isinstance(send.envelope.header, Close)]
     assert [(send.to, send.envelope.header.code) for send in sends] == [(told, why), (gone, "timed_out")]  # type: ignore[attr-defined]
     assert router.sessions == {}
     assert gone not in router.peers

@@ -1,0 +1,1 @@
+"""Many simulated clients against a real broker and a real server."""
