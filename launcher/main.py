@@ -4,11 +4,14 @@ Exit codes: 0 ok, 1 refused, 2 connection or authentication, 3 timeout, 4 bad ar
 130 interrupted.
 """
 
+import os
 import sys
+import traceback
+from types import TracebackType
 
 import typer
 
-from launcher import demo_command, people, roles, top_command
+from launcher import check_command, demo_command, people, roles, top_command
 from launcher.output import fail
 from loadtest import command as load
 from shared.errors import FlglmError, UsageError
@@ -24,10 +27,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("top")(top_command.top)
-app.command("loadtest")(load.loadtest)
-app.command("loadtest-crowd", hidden=True)(load.crowd)
 client = typer.Typer(help="A data owner's side.", no_args_is_help=True)
+check = typer.Typer(help="Before a role is started: what is wrong, and what to type to mend it.", no_args_is_help=True)
 keys = typer.Typer(help="Identities: private keys and the cards that go with them.", no_args_is_help=True)
 
 app.command("demo")(demo_command.demo)
@@ -41,6 +42,13 @@ app.command("revoke")(people.revoke_client)
 app.command("broker")(roles.broker)
 app.command("server")(roles.server)
 app.command("up")(roles.up)
+app.add_typer(check, name="check")
+check.command("broker")(check_command.check_broker)
+check.command("server")(check_command.check_server)
+check.command("client")(check_command.check_client)
+app.command("top")(top_command.top)
+app.command("loadtest")(load.loadtest)
+app.command("loadtest-crowd", hidden=True)(load.crowd)
 app.add_typer(client, name="client")
 client.command("train")(roles.client_train)
 
@@ -48,6 +56,8 @@ client.command("train")(roles.client_train)
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit with its code."""
     words = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        sys.excepthook = _crashed
     machine = any(word in ("json", "jsonl", "--format=json", "--format=jsonl") for word in words)
     try:
         sys.exit(app(args=words, standalone_mode=False) or 0)
@@ -63,6 +73,15 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("flglm: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What flglm did not raise on purpose: a traceback, and the exit code "internal". Python's own would be "refused",
+    after which no supervisor starts a role again.
+    """
+    traceback.print_exception(kind, error, trace)
+    sys.stdout.flush()
+    os._exit(FlglmError.exit_code)
 
 
 if __name__ == "__main__":

@@ -37,12 +37,17 @@ def emit(format: Format, event: dict[str, Any]) -> None:
         print(json.dumps(event), flush=True)
 
 
-def fail(error: FlglmError, *, machine: bool) -> None:
-    """One line that says what is wrong, and one that says what to change; as JSON on standard output if asked."""
+def fail(error: FlglmError, *, machine: bool, data: dict[str, Any] | None = None) -> None:
+    """One line that says what is wrong, and one that says what to change; as JSON on standard output if asked.
+
+    `data`: what a command has found out all the same, for machines.
+    """
     code = error.reason if isinstance(error, Refused) else error.code
     if machine:
         document = {"schema_version": SCHEMA_VERSION, "status": "error", "error_code": code, "message": error.message}
-        print(json.dumps(document | ({"hint": error.hint} if error.hint else {})), flush=True)
+        if error.hint:
+            document["hint"] = error.hint
+        print(json.dumps(document if data is None else document | {"data": data}), flush=True)
     print(f"flglm: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"       {error.hint}", file=sys.stderr)

@@ -179,7 +179,7 @@ class Service:
             return False
         if self.finished_at is None:
             self.finished_at = now
-        nobody_left = self.counters["sessions_closed"] > 0 and not list(self.sessions)
+        nobody_left = self.counters["clients_left"] > 0 and not list(self.sessions)
         return (nobody_left and not self.owed) or now - self.finished_at > self.settings.farewell_s
 
     # What arrives
@@ -235,6 +235,7 @@ class Service:
                 return []
             case Join():
                 self._supersede(session, now)
+                session.joined = True
                 event(logger, "client_joined", session=session.id, client=session.client, rows=message.rows)
                 return self.rounds.joined(self.intake.join(session, message), now)
             case Forward(purpose="train"):
@@ -268,7 +269,8 @@ class Service:
             return
         self.brokers.routes.pop(session_id, None)
         self.counters["sessions_closed"] += 1
-        if code == "left" and self.rounds.stage == "finished":
+        self.counters["clients_left"] += session.joined
+        if code == "left" and session.joined and self.rounds.stage == "finished":
             self.owed.discard(session.client)
         event(logger, "session_closed", session=session_id, client=session.client, code=code)
         self.inference.left(session_id)

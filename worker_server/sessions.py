@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 class Session:
     """One client's session. `confirmed`: a record of it has opened, so the client is really there, now.
 
+    `joined`: it has come to train. Others look and go, and the job goes on as if they had not been there.
     `unanswered`: when requests for the trunk came that wait for their answers, by number.
     """
 
@@ -31,6 +32,7 @@ class Session:
     channel: Channel
     opened_at: float
     confirmed: bool = False
+    joined: bool = False
     unanswered: dict[int, float] = field(default_factory=dict)
 
     def seal(self, message: Message, tensors: Sequence[Frame] = ()) -> Envelope:

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,3 +160,11 @@ def test_unreadable_rows_are_named_before_any_process_starts(
     captured = capsys.readouterr()
     assert said in captured.err
     assert not (folder / "out" / "logs").exists()
+
+
+def test_a_crash_is_internal_and_not_a_refusal() -> None:
+    """Of which supervisors start nothing again."""
+    program = "from launcher import main; main.app = lambda **_: 1 / 0; main.main()"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 5
+    assert "ZeroDivisionError" in ended.stderr

@@ -1,0 +1,1 @@
+"""What `flglm check` looks at before a role is started. Nothing is written, nothing that runs is disturbed."""

@@ -1,0 +1,61 @@
+"""The private rows: whether they load, how many there are, how many the job would cut."""
+
+from pathlib import Path
+
+from launcher.preflight.checks import Check, fail, ok, warn
+from shared.errors import DataError, ModelError
+from shared.job import Job
+from shared.model.checkpoint import Checkpoint
+from shared.model.families import context_length
+from worker_client.client import load_tokenizer
+from worker_client.data import LoadedRows, load_rows, read_jsonl, split_validation
+
+MEND = "mend the line that is named; README.md, 'Rows', shows the shapes"
+# More than this share of cut or skipped rows is worth a look.
+MANY = 0.1
+
+
+def check_parsed(path: Path) -> Check:
+    """The file is JSON lines; without the job and its model nothing more can be said."""
+    try:
+        count = sum(1 for _ in read_jsonl(path))
+    except DataError as error:
+        return fail(f"rows {path.name}", error.message, error.hint or MEND)
+    if count == 0:
+        return fail(f"rows {path.name}", f"{path}: no row", "name the file with --data")
+    return ok(f"rows {path.name}", f"{count} rows of JSON, not tokenized yet")
+
+
+def check_rows(data: Path, validation: Path | None, fraction: float, job: Job, checkpoint: Checkpoint) -> list[Check]:
+    """Tokenized as training would: a row of the list for each file, or one for a tokenizer that is not there."""
+    try:
+        tokenizer = load_tokenizer(checkpoint)
+    except ModelError as error:
+        return [fail("tokenizer", error.message, error.hint or "copy the tokenizer's files into the model's folder")]
+    limit = min(job.data.max_length, context_length(checkpoint.config))
+    checks = []
+    for path in (data, validation):
+        if path is None:
+            continue
+        try:
+            loaded = load_rows(path, tokenizer, max_length=limit, too_long=job.data.too_long)
+            if validation is None and fraction > 0:
+                split_validation(loaded.rows, fraction, job.training.seed)
+        except DataError as error:
+            checks.append(fail(f"rows {path.name}", error.message, error.hint or MEND))
+        else:
+            checks.append(_counted(path, loaded, limit))
+    return checks
+
+
+def _counted(path: Path, loaded: LoadedRows, limit: int) -> Check:
+    lost = {
+        f"cut at {limit} tokens": loaded.truncated,
+        f"longer than {limit} tokens left out": loaded.skipped_long,
+        "without a token that counts left out": loaded.without_target,
+    }
+    found = ", ".join([f"{len(loaded.rows)} usable", *(f"{count} {what}" for what, count in lost.items() if count)])
+    total = len(loaded.rows) + loaded.skipped_long + loaded.without_target
+    if sum(lost.values()) > MANY * total:
+        return warn(f"rows {path.name}", found, "shorten the rows, or ask for a job with a larger data.max_length")
+    return ok(f"rows {path.name}", found)
