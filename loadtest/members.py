@@ -141,7 +141,10 @@ class Member:
             return
         try:
             connection.check_door()
-            connection.tick(now)
+            if connection.up:
+                connection.tick(now)
+            else:
+                connection.greet_again(now)
         except FlglmError as error:
             self._broke(error.code, now)
             return

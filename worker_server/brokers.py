@@ -71,6 +71,8 @@ class Brokers:
                 connection.check_door()
                 envelope = connection.receive(time.monotonic())
                 if envelope is None:
+                    if not connection.up:
+                        connection.greet_again(time.monotonic())
                     continue
                 if not isinstance(envelope.header, Close):
                     self._early.append((connection, envelope))

@@ -101,6 +101,7 @@ class BrokerConnection:
             if cancelled():
                 raise ConnectionFailed("stopped while waiting for the broker")
             self.check_door()
+            self.greet_again(time.monotonic())  # the first one went down with a broker that was just ending
             if time.monotonic() < deadline:
                 continue
             raise ConnectionFailed(

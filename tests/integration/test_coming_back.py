@@ -1,6 +1,7 @@
 """Clients and servers come back by themselves: after a lost member, a dead broker, a broker that starts anew."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -30,6 +31,7 @@ from worker_server.settings import ServerSettings
 
 ANYWHERE = "tcp://127.0.0.1:*"
 NAMES = ("a", "b")
+PORT_S = 10.0
 
 
 class Killed(Exception):
@@ -76,11 +78,22 @@ class House:
         self.service = Background("server", self.server.run)
 
     def start_broker(self, number: int) -> None:
-        broker = Broker(self.settings[number], self.context)
-        broker.__enter__()
+        broker = self._bound(number)
         addresses = {"frontend": broker.frontend, "backend": broker.backend}
         self.settings[number] = self.settings[number].model_copy(update=addresses)
         self.brokers[number] = broker, Background("broker", broker.run)
+
+    def _bound(self, number: int) -> Broker:
+        """ZeroMQ closes the old broker's ports when it gets to it."""
+        deadline = time.monotonic() + PORT_S
+        while True:
+            broker = Broker(self.settings[number], self.context)
+            try:
+                return broker.__enter__()
+            except ConnectionFailed:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def stop_broker(self, number: int) -> None:
         broker, thread = self.brokers.pop(number)
