@@ -70,10 +70,13 @@ class Cluster:
     ) -> None:
         self.stop()
 
-    def start(self, role: str, name: str, arguments: Sequence[str]) -> Role:
-        """`flglm <arguments> --format jsonl` as a process; its log goes to `<logs>/<name>.log`."""
+    def start(self, role: str, name: str, arguments: Sequence[str], within: Sequence[str] = ()) -> Role:
+        """`flglm <arguments> --format jsonl` as a process; its log goes to `<logs>/<name>.log`.
+
+        `within`: words before the command, which run it somewhere else (another namespace) as the same process.
+        """
         log = self.logs / f"{name}.log"
-        command = [sys.executable, "-m", "launcher.main", *arguments, "--format", "jsonl"]
+        command = [*within, sys.executable, "-m", "launcher.main", *arguments, "--format", "jsonl"]
         with log.open("a") as stderr:
             process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL, text=True,
