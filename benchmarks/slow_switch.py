@@ -12,6 +12,7 @@ import select
 import socket
 import sys
 import time
+from typing import Any
 
 ETH_P_ALL = 3
 # From linux/if_packet.h. With the header, frames larger than a cable's and unfinished checksums go as they come.
@@ -73,10 +74,11 @@ def main() -> None:
     switch = Switch([listen(name) for name in sys.argv[4:]], delay_ms / 1000, jitter_ms / 1000, loss)
     print("ready", flush=True)
     while True:
-        ready, _, _ = select.select([sys.stdin, *switch.ports], [], [], switch.wait_s(time.monotonic()))
+        sources: list[Any] = [sys.stdin, *switch.ports]
+        ready, _, _ = select.select(sources, [], [], switch.wait_s(time.monotonic()))
+        if sys.stdin in ready:
+            return
         for port in ready:
-            if port is sys.stdin:
-                return
             switch.take(port, time.monotonic())
         switch.deliver(time.monotonic())
 
