@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces with an address each, cables between them, and weather on the cables.
+"""Several hosts on one machine: network namespaces with an address each, cables between them, and weather on those.
 
     yard: bridge ── name ══ eth0  host, 10.77.0.1
                  ── name ══ eth0  host, 10.77.0.2

@@ -1,4 +1,4 @@
-"""A disk that is full, and a server that is told to stop: one line that says so, nothing lost, and the same model at the end.
+"""A full disk, and a server that is told to stop: one line that says so, nothing lost, the same model at the end.
 
 Real processes, and real disks: a small tmpfs in a mount namespace of its own, with ballast that can be thrown out.
 """
@@ -23,7 +23,7 @@ from shared.job import Job, Rounds
 
 NAME = "north"
 ROUNDS = 3
-DISK_BYTES = 2**20
+DISK_BYTES = 2**23
 WAIT_S = 120.0
 
 
@@ -108,9 +108,8 @@ def running(job: Job, site: local_run.Site, out: Path) -> Iterator[Run]:
 
 def trained(state: Path, result: Path) -> dict[str, Tensor]:
     tensors, _ = state_files.load(state, ROUNDS)
-    return {name: value for name, value in tensors.items() if name.startswith("trunk/")} | load_file(
-        result / "trained.safetensors"
-    )
+    found: dict[str, Tensor] = load_file(result / "trained.safetensors")
+    return found | {name: value for name, value in tensors.items() if name.startswith("trunk/")}
 
 
 def calm(job: Job, site: local_run.Site, out: Path) -> dict[str, Tensor]:
@@ -123,12 +122,10 @@ def test_a_full_disk_ends_its_role_with_one_line_and_with_room_the_run_ends_the_
     full: str, job: Job, site: local_run.Site, tmp_path: Path
 ) -> None:
     expected = calm(job, site, tmp_path / "calm")
-    sizes = [folder for folder in (tmp_path / "calm").glob("**/checkpoint-3")]
-    assert len(sizes) == 2
     out = tmp_path / "run"
     where = {"server": out / "server-state", "client": out / "results" / NAME}
     with small_disk(where[full]) as disk, running(job, site, out) as run:
-        # Room for the beginning and two rounds' drafts, never for one more.
+        # Room for the beginning and two rounds' drafts, not for the third round's.
         checkpoint = size_of(tmp_path / "calm" / where[full].relative_to(out) / f"checkpoint-{ROUNDS}")
         disk.fill(2 * checkpoint)
         within = {full: disk.within}

@@ -1,6 +1,6 @@
-"""Hosts in network namespaces, with delay, loss and cables that are cut: training goes on, and ends with the same bits.
+"""Hosts in network namespaces, with delay, loss and cables that are cut: training goes on and ends with the same bits.
 
-A broker, two servers with a replica of the trunk each, and four clients, every one a process with an address of its own;
+A broker, two servers with a replica of the trunk each and four clients, every one a process with an address of its own;
 links with keys, everything trained, fp32, in lockstep. What they end with is compared to the same on calm cables.
 """
 
@@ -121,7 +121,6 @@ class Layout:
 @contextmanager
 def laid_out(job: Job, rows: list[local_run.Site], out: Path, weather: Weather) -> Iterator[Layout]:
     local_run.prepare(job, rows, out)
-    surroundings = {**local_run.THREADS}
     with Hosts(HOSTS, weather) as hosts, Cluster(out / "logs", local_run.THREADS) as cluster:
         yield Layout(hosts, cluster, job, rows, out)
 

@@ -39,7 +39,9 @@ ANYWHERE = "tcp://127.0.0.1:*"
 NAMES = ("a", "b")
 LET_GO_S = 10.0
 YEAR_S = 365 * 24 * 3600.0
-TIME_OF_DAY = re.compile(r"time\.time\b|time\.time_ns|from time import|(?<!def )\b(now|utcnow|today)\((UTC)?\)|CLOCK_REALTIME")
+TIME_OF_DAY = re.compile(
+    r"time\.time\b|time\.time_ns|from time import|(?<!def )\b(now|utcnow|today)\((UTC)?\)|CLOCK_REALTIME"
+)
 
 
 class Killed(Exception):
