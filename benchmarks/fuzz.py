@@ -23,7 +23,7 @@ import zmq
 from benchmarks.fidelity import ALL, Case, make_job, random_rows
 from benchmarks.reporting import Goal, parser, publish
 from benchmarks.tiny_models import save_tiny_model
-from launcher.in_process import CLIENTS, Background, Serving, Site, serving, train_in_process, train_one, trunk_tensors
+from launcher.in_process import Background, Serving, Site, serving, train_in_process, train_one, trunk_tensors
 from loadtest.malice import Malice
 from shared import PROTOCOL_VERSION
 from shared.identity import key_digest
@@ -45,7 +45,7 @@ class Attacker:
     def __init__(self, running: Serving, seed: int) -> None:
         self.running = running
         self.chance = random.Random(seed)
-        self.connection = BrokerConnection(running.context, Door(CLIENTS), hello("client"))
+        self.connection = BrokerConnection(running.context, Door(running.broker.frontend), hello("client"))
         self.connection.open(WAIT_S)
         self.heard: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""A TCP proxy that lets every byte arrive later: a link with a delay, without rights over the machine's network."""
+"""A TCP proxy that lets every byte arrive later, or none at all: without rights over the machine's network."""
 
 import asyncio
 import threading
@@ -19,6 +19,8 @@ class SlowLink:
         self.host, self.port = parts.hostname or "127.0.0.1", parts.port or 0
         self.round_trip_s = round_trip_s
         self.address = ""
+        self._lives = 0
+        self._writers: list[asyncio.StreamWriter] = []
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="slow-link", daemon=True)
@@ -33,6 +35,10 @@ class SlowLink:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(START_S)
 
+    def vanish(self) -> None:
+        """What is connected stays so, and nothing goes through it any more. Who connects anew is served."""
+        self._lives += 1
+
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         server = self._loop.run_until_complete(asyncio.start_server(self._connected, "127.0.0.1", 0))
@@ -43,21 +49,27 @@ class SlowLink:
         tasks = asyncio.all_tasks(self._loop)
         for task in tasks:
             task.cancel()
+        for writer in self._writers:
+            writer.close()
         self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         self._loop.close()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there_reader, there_writer = await asyncio.open_connection(self.host, self.port)
+        self._writers += [writer, there_writer]
         await asyncio.gather(self._carry(reader, there_writer), self._carry(there_reader, writer))
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One direction; half of the round trip's delay lies here."""
         on_the_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(ON_THE_WAY)
+        life = self._lives
 
         async def deliver() -> None:
             while True:
                 due, data = await on_the_way.get()
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
+                if life != self._lives:
+                    continue
                 if not data:
                     break
                 writer.write(data)

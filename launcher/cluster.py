@@ -72,16 +72,17 @@ class Cluster:
     ) -> None:
         self.stop()
 
-    def start(self, role: str, name: str, arguments: Sequence[str]) -> Role:
+    def start(self, role: str, name: str, arguments: Sequence[str], within: Sequence[str] = ()) -> Role:
         """`flglm <arguments> --format jsonl` as a process; its log goes to `<logs>/<name>.log`.
 
-        One of that name that has ended is forgotten.
+        `within`: words before the command, which run it somewhere else (another namespace) as the same process. One of
+        that name that has ended is forgotten.
         """
         for ended in [role for role in self.roles if role.name == name and role.exit_code is not None]:
             self._put_away(ended)
             self.roles.remove(ended)
         log = self.logs / f"{name}.log"
-        command = [sys.executable, "-m", "launcher.main", *arguments, "--format", "jsonl"]
+        command = [*within, sys.executable, "-m", "launcher.main", *arguments, "--format", "jsonl"]
         with log.open("a") as stderr:
             process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL, text=True,

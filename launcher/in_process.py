@@ -32,6 +32,7 @@ from worker_server.settings import ServerSettings
 
 CLIENTS = "inproc://clients"
 SERVERS = "inproc://servers"
+IN_PROCESS = BrokerSettings(frontend=CLIENTS, backend=SERVERS)
 READY_S = 60.0
 JOIN_S = 600.0
 
@@ -89,13 +90,18 @@ class Serving:
 
     def link(self, name: str) -> Link:
         """A link for the admitted client `name`, not yet entered."""
-        door = Door(CLIENTS)
+        door = Door(self.broker.frontend)
         return Link(door, self.clients[name], self.server.public, self.job.digest(), context=self.context)
 
 
 @contextmanager
 def serving(
-    job: Job, folder: Path, names: Sequence[str], router: Router | None = None, **server_settings: Any
+    job: Job,
+    folder: Path,
+    names: Sequence[str],
+    router: Router | None = None,
+    broker_settings: BrokerSettings = IN_PROCESS,
+    **server_settings: Any,
 ) -> Iterator[Serving]:
     """Broker and server for `job`, checkpoints under `folder`. An error of theirs is raised at the end.
 
@@ -104,11 +110,11 @@ def serving(
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     identities = {name: generate_identity(name) for name in names}
     admitted: Mapping[bytes, str] = {identity.public: name for name, identity in identities.items()}
-    with Broker(BrokerSettings(frontend=CLIENTS, backend=SERVERS), context) as broker:
+    with Broker(broker_settings, context) as broker:
         broker.router = router or broker.router
         routing = Background("broker", broker.run)
         identity = generate_identity("server")
-        settings = ServerSettings(brokers=(Door(SERVERS),), state=folder / "server-state", **server_settings)
+        settings = ServerSettings(brokers=(Door(broker.backend),), state=folder / "server-state", **server_settings)
         server = Server(settings, job, identity, lambda: admitted, context)
         service = Background("server", server.run)
         try:

@@ -125,10 +125,11 @@ def server(
         running.run()
     succeed(
         format,
-        f"server stopped after {running.completed_rounds} of {loaded.rounds.count} rounds",
+        f"server stopped after {running.completed_rounds} of {loaded.rounds.count} rounds: {running.checkpoint}",
         {
             "rounds": running.completed_rounds,
             "finished": running.finished,
+            "checkpoint": str(running.checkpoint),
             "peak_memory_bytes": peak_memory_bytes(),
         },
     )

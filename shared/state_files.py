@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +34,34 @@ def save(folder: Path, number: int, tensors: Mapping[str, Tensor], facts: Mappin
     Later ones belong to a future that was abandoned, drafts to processes that were killed: both go. Raises
     CheckpointError if the disk refuses; what was there before is still there then.
     """
-    target = folder / f"checkpoint-{number}"
+    target = path_of(folder, number)
     draft = folder / f".draft-{number}-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob(".draft-*"):
-            shutil.rmtree(left_over, ignore_errors=True)
-        draft.mkdir()
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, draft / TENSORS)
-        digest = _digest(draft / TENSORS)
-        document = {"format": FORMAT, "number": number, "tensors_sha256": digest, "facts": dict(facts)}
-        (draft / FACTS).write_text(json.dumps(document, indent=1, sort_keys=True))
-        for name in (TENSORS, FACTS):
-            _flush(draft / name)
-        _flush(draft)
-        if target.exists():
-            shutil.rmtree(target)
-        draft.rename(target)
-        _flush(folder)
-    except OSError as error:
+        with writing(target):
+            _write(draft, target, number, tensors, facts)
+    except CheckpointError:
         shutil.rmtree(draft, ignore_errors=True)
-        raise CheckpointError(f"{target}: cannot write the checkpoint ({error.strerror or error})") from None
+        raise
     kept = [other for other in numbers(folder) if other <= number][-keep:]
     for other in set(numbers(folder)) - set(kept):
-        shutil.rmtree(folder / f"checkpoint-{other}", ignore_errors=True)
+        shutil.rmtree(path_of(folder, other), ignore_errors=True)
     return target
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises CheckpointError, which says what to do, if the disk refuses what is written inside."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"{path}: cannot be written ({reason})", hint="make room on that disk, then run the same command to resume"
+        ) from None
+
+
+def path_of(folder: Path, number: int) -> Path:
+    return folder / f"checkpoint-{number}"
 
 
 def numbers(folder: Path) -> list[int]:
@@ -77,7 +81,7 @@ def newest_written_at(folder: Path) -> float | None:
 
 def load(folder: Path, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts of `checkpoint-<number>`. Raises CheckpointError if it is absent, torn or altered."""
-    path = folder / f"checkpoint-{number}"
+    path = path_of(folder, number)
     try:
         document = json.loads((path / FACTS).read_text())
         digest = _digest(path / TENSORS)
@@ -109,6 +113,25 @@ def resume(folder: Path, load: Callable[[int], None], unreadable: Callable[[int,
         else:
             return True
     return False
+
+
+def _write(draft: Path, target: Path, number: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    folder = target.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(".draft-*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    draft.mkdir()
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, draft / TENSORS)
+    digest = _digest(draft / TENSORS)
+    document = {"format": FORMAT, "number": number, "tensors_sha256": digest, "facts": dict(facts)}
+    (draft / FACTS).write_text(json.dumps(document, indent=1, sort_keys=True))
+    for name in (TENSORS, FACTS):
+        _flush(draft / name)
+    _flush(draft)
+    if target.exists():
+        shutil.rmtree(target)
+    draft.rename(target)
+    _flush(folder)
 
 
 def _digest(path: Path) -> str:

@@ -11,6 +11,7 @@ import zmq
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from shared import state_files
 from shared.errors import ConnectionFailed, HandshakeError, ModelError, Refused
 from shared.identity import Identity
 from shared.invitations import Invitation
@@ -194,14 +195,18 @@ def finished_before(out: Path, invitation: Invitation) -> Score | None:
 
 
 def _write_result(out: Path, job: Job, parts: HeadTail, score: Score | None) -> None:
-    """`trained.safetensors`: what was trained in head and tail, by name in the whole model; `flglm.json`: the job."""
+    """`trained.safetensors`: what was trained in head and tail, by name in the whole model; `flglm.json`: the job.
+
+    Raises CheckpointError if the disk refuses.
+    """
     tensors = {name: parameter.detach().contiguous() for name, parameter in parts.parameters.items()}
-    save_file(tensors, out / "trained.safetensors")
     document = {
         "job": job.model_dump(mode="json"),
         "job_digest": job.digest().hex(),
         "score": None if score is None else vars(score),
     }
     draft = out / f".{RESULT}.draft"
-    draft.write_text(json.dumps(document, indent=2) + "\n")
-    draft.replace(out / RESULT)
+    with state_files.writing(out):
+        save_file(tensors, out / "trained.safetensors")
+        draft.write_text(json.dumps(document, indent=2) + "\n")
+        draft.replace(out / RESULT)

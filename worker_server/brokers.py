@@ -5,7 +5,7 @@ A broker that falls silent or stops takes its sessions with it, and no others; i
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 import zmq
@@ -81,11 +81,16 @@ class Brokers:
                     if envelope.header.code not in ("unknown_peer", "broker_stopping"):
                         raise ConnectionFailed(refused)
 
-    def receive(self, now: float) -> list[tuple[BrokerConnection, Envelope]]:
-        """All messages that are here, and whence they came."""
+    def receive(self, now: float) -> Iterator[tuple[BrokerConnection, Envelope]]:
+        """All messages that are here, and whence they came.
+
+        One by one: a broker that was away may answer what it got first with `unknown_peer`, and then the greeting.
+        """
         early, self._early = self._early, []
-        later = [(connection, envelope) for connection in self.connections for envelope in connection.received(now)]
-        return early + later
+        yield from early
+        for connection in self.connections:
+            for envelope in connection.received(now):
+                yield connection, envelope
 
     def send(self, envelope: Envelope) -> bool:
         """Towards the session's broker. False if that takes no more: the session is lost."""

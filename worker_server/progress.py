@@ -29,6 +29,11 @@ class Progress:
     round: int = 0
     averages: dict[str, Tensor] | None = None
 
+    @property
+    def checkpoint(self) -> Path:
+        """Where the last completed round lies."""
+        return state_files.path_of(self.folder, self.round)
+
     def begin(self) -> None:
         """Continue from the newest readable checkpoint, or begin with `checkpoint-0`.
 

@@ -9,12 +9,16 @@ clients, for the first round begins when all have; and that one ends a round, so
 which ends no rounds of its own, joins in with weight 0 and holds nobody up.
 """
 
+import contextlib
+import ipaddress
 import os
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from urllib.parse import urlsplit
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,6 +28,7 @@ from shared.errors import ConnectionFailed, UsageError
 from worker_server.settings import ServerSettings
 
 STORE_S = 30.0
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,17 @@ def device_of(settings: ServerSettings) -> str:
     return settings.device
 
 
+def interface_towards(host: str, port: int) -> str | None:
+    """The network interface through which `host` is reached; None if that is this machine itself, or not known."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing
+        mine = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(address.address == mine for address in addresses) and not ipaddress.ip_address(mine).is_loopback:
+                return name
+    return None
+
+
 class Replicas:
     """The group, from the point of view of one replica. Waits at most `timeout_s` for the others."""
 
@@ -82,6 +98,9 @@ class Replicas:
         self.device = device if device.startswith("cuda") else "cpu"
         self.timeout_s = timeout_s
         timeout = timedelta(seconds=timeout_s)
+        # By itself gloo listens where this machine's name resolves to, which is loopback on many.
+        if GLOO_INTERFACE not in os.environ and (interface := interface_towards(place.host, place.port)):
+            os.environ[GLOO_INTERFACE] = interface
         try:
             # torchrun keeps its store when it starts the servers again: nothing said before counts.
             attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import torch
 import zmq
@@ -69,11 +70,18 @@ class Server:
         self.service: Service | None = None
         self.health = Health()
         self.registry = new_registry()
+        self.progress: Progress | None = None
         self._stop = threading.Event()
 
     @property
     def completed_rounds(self) -> int:
-        return 0 if self.service is None else self.service.rounds.round
+        """Those of the newest checkpoint."""
+        return 0 if self.progress is None else self.progress.round
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Where the last completed round lies on disk."""
+        return None if self.progress is None else self.progress.checkpoint
 
     @property
     def finished(self) -> bool:
@@ -102,7 +110,7 @@ class Server:
         )
         place = place_of(self.settings)
         state = self.settings.state if place is None else self.settings.state / f"replica-{place.replica}"
-        progress = Progress(state, self.job, fingerprint, trunk)
+        progress = self.progress = Progress(state, self.job, fingerprint, trunk)
         progress.begin()
         shapes = update_shapes(checkpoint.config, plan, self.job)
         name = key_digest(self.identity.public)

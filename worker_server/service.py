@@ -122,7 +122,10 @@ class Service:
         self.waker.wake()
 
     def run(self) -> None:
-        """Raises ConnectionFailed if no broker is there (any more), and what the compute thread raised."""
+        """Raises ConnectionFailed if no broker is there (any more), and what the compute thread raised.
+
+        Work at hand is finished before it returns; if that was the end of a round, its checkpoint is written.
+        """
         self.brokers.open(self.settings.connect_timeout_s, lambda: self.state is State.STOPPING)
         event(logger, "server_ready", brokers=self.brokers.addresses, round=self.rounds.round)
         self.engine.start()
@@ -141,6 +144,7 @@ class Service:
             self.health.ready = False
             self._farewell()
             self.engine.stop(STOP_S)
+        self.engine.collect()  # raises what went wrong in the last of its work
 
     def _turn(self, now: float) -> None:
         for connection, envelope in self.brokers.receive(now):

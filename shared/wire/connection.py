@@ -94,15 +94,18 @@ class BrokerConnection:
         self._greet(time.monotonic())
 
     def open(self, timeout_s: float, cancelled: Callable[[], bool] = lambda: False) -> None:
-        """`start`, and wait for the broker's greeting. Raises ConnectionFailed after `timeout_s`, or when cancelled."""
+        """`start`, and wait for the broker's greeting. Raises ConnectionFailed after `timeout_s`, or when cancelled.
+
+        It greets again meanwhile: a broker that dies may have heard the first greeting, and another be in its place.
+        """
         self.start()
         deadline = time.monotonic() + timeout_s
         while not self.socket.poll(POLL_MS):
             if cancelled():
                 raise ConnectionFailed("stopped while waiting for the broker")
             self.check_door()
-            self.greet_again(time.monotonic())  # the first one went down with a broker that was just ending
-            if time.monotonic() < deadline:
+            if (now := time.monotonic()) < deadline:
+                self.greet_again(now)
                 continue
             raise ConnectionFailed(
                 f"no broker answers at {self.address} (waited {timeout_s:g} s)",

@@ -1,5 +1,10 @@
-"""Clients and servers come back by themselves: after a lost member, a dead broker, a broker that starts anew."""
+"""Clients and servers come back by themselves: after a lost member, a dead broker, a broker that starts anew.
 
+And from links that are there and carry nothing, whatever the clock on the wall says meanwhile.
+"""
+
+import itertools
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.fidelity import ALL, Case, make_job, write_random_rows
+from benchmarks.slow_link import SlowLink
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from broker.service import Broker
 from broker.settings import BrokerSettings
@@ -31,7 +37,11 @@ from worker_server.settings import ServerSettings
 
 ANYWHERE = "tcp://127.0.0.1:*"
 NAMES = ("a", "b")
-PORT_S = 10.0
+LET_GO_S = 10.0
+YEAR_S = 365 * 24 * 3600.0
+TIME_OF_DAY = re.compile(
+    r"time\.time\b|time\.time_ns|from time import|(?<!def )\b(now|utcnow|today)\((UTC)?\)|CLOCK_REALTIME"
+)
 
 
 class Killed(Exception):
@@ -60,6 +70,7 @@ class House:
         self.people = {name: generate_identity(name) for name in (*NAMES, "server")}
         self.settings = [BrokerSettings(frontend=ANYWHERE, backend=ANYWHERE, heartbeat_s=0.1, timeout_s=1.0)] * brokers
         self.brokers: dict[int, tuple[Broker, Background]] = {}
+        self.detours: dict[str, str] = {}
         for number in range(brokers):
             self.start_broker(number)
         admitted = {self.people[name].public: name for name in NAMES}
@@ -78,22 +89,18 @@ class House:
         self.service = Background("server", self.server.run)
 
     def start_broker(self, number: int) -> None:
-        broker = self._bound(number)
-        addresses = {"frontend": broker.frontend, "backend": broker.backend}
-        self.settings[number] = self.settings[number].model_copy(update=addresses)
-        self.brokers[number] = broker, Background("broker", broker.run)
-
-    def _bound(self, number: int) -> Broker:
-        """ZeroMQ closes the old broker's ports when it gets to it."""
-        deadline = time.monotonic() + PORT_S
-        while True:
+        deadline = time.monotonic() + LET_GO_S
+        while True:  # libzmq lets go of an address a little after its socket was closed
             broker = Broker(self.settings[number], self.context)
             try:
-                return broker.__enter__()
+                broker.__enter__()
+                break
             except ConnectionFailed:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.01)
+        addresses = {"frontend": broker.frontend, "backend": broker.backend}
+        self.settings[number] = self.settings[number].model_copy(update=addresses)
+        self.brokers[number] = broker, Background("broker", broker.run)
 
     def stop_broker(self, number: int) -> None:
         broker, thread = self.brokers.pop(number)
@@ -104,7 +111,7 @@ class House:
 
     def run(self, name: str, report: Report = lambda event: None, reconnect_s: float = 20.0) -> None:
         """A client's run to the end of the job."""
-        doors = [BrokerAt(address=settings.frontend) for settings in self.settings]
+        doors = [BrokerAt(address=self.detours.get(name, settings.frontend)) for settings in self.settings]
         invitation = Invitation(
             id="0" * 32,
             client=name,
@@ -216,3 +223,65 @@ def test_who_does_not_get_back_gives_up_in_time(job: Job, data: dict[str, Path],
         pytest.raises(ConnectionFailed, match=r"no broker answers at tcp://127\.0\.0\.1"),
     ):
         house.run("a", once(2, lambda: house.stop_broker(0)), reconnect_s=1.0)
+
+
+def test_a_connection_that_vanishes_without_a_word_changes_nothing(
+    job: Job, data: dict[str, Path], tmp_path: Path
+) -> None:
+    """Both its ends stay open, and hear nothing: the broker and the client each notice by the silence."""
+    calm = undisturbed(job, data, tmp_path / "calm")
+    seen: list[dict[str, Any]] = []
+    with living(job, data, tmp_path / "cut") as house, SlowLink(house.settings[0].frontend) as link:
+        house.detours["b"] = link.address
+        vanish = once(6, link.vanish)
+
+        def report(event: dict[str, Any]) -> None:
+            seen.append(event)
+            vanish(event)
+
+        train(house, {"b": report})
+        assert house.brokers[0][0].router.counters["refused_timed_out"] == 1
+    assert [event["round"] for event in seen if event["event"] == "resumed"] == [1]
+    assert_equal(results(tmp_path / "cut"), calm)
+
+
+def test_where_fewer_suffice_the_others_go_on_without_whoever_vanished(
+    job: Job, data: dict[str, Path], tmp_path: Path
+) -> None:
+    few = job.model_copy(update={"cohort": job.cohort.model_copy(update={"quorum": 1})})
+    seen: list[dict[str, Any]] = []
+    with living(few, data, tmp_path) as house, SlowLink(house.settings[0].frontend) as link:
+        house.detours["b"] = link.address
+        stays = Background("a", lambda: house.run("a", seen.append))
+
+        def vanish() -> None:
+            link.vanish()
+            stays.join()
+
+        with pytest.raises(ConnectionFailed):
+            house.run("b", once(6, vanish), reconnect_s=0.2)
+        house.service.join()
+    assert [event["members"] for event in seen if event["event"] == "round"] == [2, 2, 1]
+    assert (tmp_path / "a" / "flglm.json").exists()
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    job: Job, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a year, forward and back again, whenever somebody looks at it: no session ends, and nobody comes back."""
+    calm = undisturbed(job, data, tmp_path / "calm")
+    jumps, right = itertools.cycle((YEAR_S, 0, -YEAR_S)), time.time
+    monkeypatch.setattr(time, "time", lambda: right() + next(jumps))
+    seen: list[dict[str, Any]] = []
+    with living(job, data, tmp_path / "jumping") as house:
+        train(house, {"a": seen.append})
+    assert [event for event in seen if event["event"] == "resumed"] == []
+    assert_equal(results(tmp_path / "jumping"), calm)
+
+
+def test_no_role_asks_for_the_time_of_day() -> None:
+    """Invitations are held against the date by the command, once; all waiting is by the monotonic clock."""
+    root = Path(__file__).parents[2]
+    roles = ("broker", "worker_server", "worker_client", "shared")
+    asking = [path for role in roles for path in (root / role).rglob("*.py") if TIME_OF_DAY.search(path.read_text())]
+    assert asking == []
