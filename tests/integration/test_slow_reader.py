@@ -35,7 +35,7 @@ def test_who_reads_nothing_loses_its_session_and_disturbs_nobody(tmp_path: Path)
             nonlocal asked
             asked += 1
             request = Generate(request=asked, stream=1, lengths=(3,), tensors=(info,))
-            deaf.connection.socket.send_multipart(deaf.channel.seal(pack(request, [frame])).frames())
+            deaf.connection.socket.send_multipart(deaf.malice.channel.seal(pack(request, [frame])).frames())
 
         while deaf.session in service.sessions:
             ask()
