@@ -5,7 +5,6 @@ is written beside its place, flushed to disk and renamed, so that a process kill
 the new one. Reading checks the digest.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -69,14 +68,6 @@ def numbers(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(m[1]) for path in folder.iterdir() if (m := _NAME.match(path.name)))
-
-
-def newest_written_at(folder: Path) -> float | None:
-    """When the newest checkpoint under `folder` was written, in seconds since the epoch."""
-    for number in reversed(numbers(folder)):
-        with contextlib.suppress(FileNotFoundError):  # a newer one has just taken its place
-            return (folder / f"checkpoint-{number}").stat().st_mtime
-    return None
 
 
 def load(folder: Path, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

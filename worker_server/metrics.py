@@ -2,12 +2,10 @@
 
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from shared import state_files
 from worker_server.service import Service
 
 REFUSED = "refused_"
@@ -16,9 +14,8 @@ REFUSED = "refused_"
 class ServerMetrics(Collector):
     """`flglm_server_…`, read off the state when asked for; labels are directions and codes of refusals."""
 
-    def __init__(self, service: Service, state: Path) -> None:
+    def __init__(self, service: Service) -> None:
         self.service = service
-        self.state = state
 
     def collect(self) -> Iterable[Metric]:
         sessions = list(self.service.sessions)
@@ -48,8 +45,8 @@ class ServerMetrics(Collector):
         yield refused
 
     def _checkpoint_age(self) -> Iterable[Metric]:
-        written = state_files.newest_written_at(self.state)
-        if written is not None:
-            yield GaugeMetricFamily(
-                "flglm_server_checkpoint_age_seconds", "Since the last checkpoint.", value=max(0, time.time() - written)
-            )
+        kept_at = self.service.engine.progress.kept_at
+        if kept_at is not None:
+            text = "Since the last checkpoint was written, or read at the start."
+            age = time.monotonic() - kept_at
+            yield GaugeMetricFamily("flglm_server_checkpoint_age_seconds", text, value=age)

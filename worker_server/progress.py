@@ -1,6 +1,7 @@
 """What the server keeps between rounds, on disk at each boundary: the trunk's state, averaged heads and tails."""
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """`round` completed rounds; `averages` of head and tail by global name (empty before the first)."""
+    """`round` completed rounds; `averages` of head and tail by global name (empty before the first).
+
+    `kept_at`: when (monotonic) the checkpoint of that round was written or read.
+    """
 
     folder: Path
     job: Job
@@ -28,6 +32,7 @@ class Progress:
     trunk: Trunk
     round: int = 0
     averages: dict[str, Tensor] | None = None
+    kept_at: float | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -58,6 +63,7 @@ class Progress:
         self.trunk.load_state(tensors, float(facts["steps"]))
         self.averages = averages
         self.round = number
+        self.kept_at = time.monotonic()
 
     def complete_round(self, averages: dict[str, Tensor]) -> None:
         """One more round is done, with these averages; on disk before anyone is told."""
@@ -74,6 +80,7 @@ class Progress:
             "steps": self.trunk.optimizer.steps,
         }
         path = state_files.save(self.folder, self.round, tensors, facts, keep=KEPT_CHECKPOINTS)
+        self.kept_at = time.monotonic()
         event(logger, "checkpoint_written", path=str(path), round=self.round)
 
 

@@ -153,7 +153,7 @@ class Server:
                 self.health,
                 replicas,
             )
-            self.registry.register(ServerMetrics(self.service, state))
+            self.registry.register(ServerMetrics(self.service))
             if not self._stop.is_set():
                 self.service.run()
 

@@ -35,6 +35,12 @@ def site(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> None:
+    """A shell that runs the tests in the background has SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def start(site: Path, out: str) -> "subprocess.Popen[str]":
     words = ["demo", "--model", "model", "--data", "rows", "--job", "job.yaml", "--out", out, "--format", "jsonl"]
     return subprocess.Popen(
