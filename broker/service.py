@@ -17,6 +17,7 @@ from broker.throttle import Rate, Throttle
 from shared.errors import ConnectionFailed, FlglmError
 from shared.logs import event
 from shared.monitoring import Health, new_registry
+from shared.wire import multipart
 from shared.wire.curve import check_plain, use_as_broker
 from shared.wire.envelope import Close, Frame, pack
 from shared.wire.waker import Waker
@@ -131,10 +132,9 @@ class Broker:
         """A bounded number of messages, so that neither side nor the clock starves."""
         socket = self.sockets[side]
         for _ in range(MAX_MESSAGES_A_TURN):
-            try:
-                routing_id, *frames = socket.recv_multipart(zmq.DONTWAIT, copy=False)
-            except zmq.Again:
+            if not multipart.waiting(socket):
                 return
+            routing_id, *frames = multipart.receive(socket)
             peer = Peer(side, routing_id.bytes)
             guest = None if self.guard is None else self._guest(self.guard, side, frames)
             now = time.monotonic()
@@ -171,9 +171,7 @@ class Broker:
         while sends:
             send = sends.pop(0)
             try:
-                self.sockets[send.to.side].send_multipart(
-                    [send.to.id, *send.envelope.frames()], zmq.DONTWAIT, copy=False
-                )
+                multipart.send(self.sockets[send.to.side], [send.to.id, *send.envelope.frames()])
             except zmq.Again:
                 event(logger, "peer_too_slow", level=logging.WARNING, peer=send.to.id[-8:])
                 sends.extend(self.router.undeliverable(send))

@@ -127,6 +127,7 @@ SCHEMAS: dict[Kind, type[Header]] = {
     Kind.CLOSE: Close,
 }
 KINDS: dict[type[Header], Kind] = {schema: kind for kind, schema in SCHEMAS.items()}
+BY_BYTE: dict[bytes, Kind] = {kind.value: kind for kind in Kind}
 WITH_BODY = frozenset({Open, Accept, Data})
 
 
@@ -166,10 +167,9 @@ def parse(frames: Sequence[Frame]) -> Envelope:
         raise FrameError(f"a header has at most {MAX_HEADER_BYTES} bytes, got {len(frames[1])}")
     if len(frames[0]) != 1:
         raise FrameError(f"frame 0 is one byte, got {len(frames[0])}")
-    try:
-        kind = Kind(bytes(frames[0]))
-    except ValueError:
-        raise EnvelopeError("unknown kind of message") from None
+    kind = BY_BYTE.get(bytes(frames[0]))
+    if kind is None:
+        raise EnvelopeError("unknown kind of message")
     raw_header = bytes(frames[1])
     schema = SCHEMAS[kind]
     try:
