@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=3_600, allow_inf_nan=False)]
 
 
 class Plan(BaseModel):
@@ -25,7 +25,7 @@ class Plan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     clients: Count = 100
-    seconds: Annotated[float, Field(gt=0, le=86_400)] = 20.0
+    seconds: Annotated[float, Field(gt=0, le=3_600)] = 20.0
     ramp_s: Seconds = 5.0
     think_s: Seconds = 1.0
     pace_spread: Annotated[float, Field(ge=0, le=3)] = 0.5
