@@ -23,7 +23,16 @@ import zmq
 from benchmarks.fidelity import ALL, Case, make_job, random_rows
 from benchmarks.reporting import Goal, parser, publish
 from benchmarks.tiny_models import save_tiny_model
-from launcher.in_process import Background, Serving, Site, serving, train_in_process, train_one, trunk_tensors
+from launcher.in_process import (
+    IN_PROCESS,
+    Background,
+    Serving,
+    Site,
+    serving,
+    train_in_process,
+    train_one,
+    trunk_tensors,
+)
 from loadtest.malice import Malice
 from shared import PROTOCOL_VERSION
 from shared.identity import key_digest
@@ -117,7 +126,9 @@ def resident_mib() -> float:
 
 def attack(job: Job, folder: Path, messages: int, seed: int) -> tuple[Attacker, Counter[str], float]:
     """The attacker, refusals by code at broker and server, and by how many MiB memory grew after the first fifth."""
-    with serving(job, folder, ["honest", "hostile"]) as running:
+    # What the broker would hold back is to reach the server.
+    unbounded = IN_PROCESS.model_copy(update={"max_unanswered": 2**31})
+    with serving(job, folder, ["honest", "hostile"], broker_settings=unbounded) as running:
         attacker, warm_until = Attacker(running, seed), messages // 5
         warm = resident_mib()
         while sum(attacker.sent.values()) < messages:

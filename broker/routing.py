@@ -69,10 +69,13 @@ class Connected:
     sessions: set[bytes] = field(default_factory=set)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Session:
+    """`unanswered`: messages of the client since the server's last."""
+
     client: Peer
     server: Peer
+    unanswered: int = 0
 
     def other(self, peer: Peer) -> Peer:
         return self.server if peer == self.client else self.client
@@ -212,7 +215,23 @@ class Router:
             return [self._refuse(peer, header.session, "unknown_session", "there is no such session: open a new one")]
         if peer not in (session.client, session.server) or (isinstance(header, Accept) and peer != session.server):
             return [self._refuse(peer, header.session, "not_yours", "the session is not yours")]
+        if peer == session.server:
+            session.unanswered = 0
+        else:
+            session.unanswered += 1
+            if session.unanswered > self.settings.max_unanswered:
+                return self._flooded(header.session)
         return [self._pass_on(session.other(peer), envelope)]
+
+    def _flooded(self, session_id: bytes) -> list[Send]:
+        """One client must not fill the queue towards the server, in which all others' messages wait too."""
+        session = self._end(session_id)
+        text = f"more than {self.settings.max_unanswered} messages without an answer"
+        self.counters["refused_too_many_unanswered"] += 1
+        return [
+            _closing(session.client, session_id, "too_many_unanswered", text),
+            _closing(session.server, session_id, "client_gone", "the client sent too much"),
+        ]
 
     def _close(self, peer: Peer, envelope: Envelope, header: Close) -> list[Send]:
         if header.session is None:

@@ -194,7 +194,8 @@ class Broker:
             use_as_broker(socket, self.guard.keys, side)
         socket.setsockopt(zmq.LINGER, LINGER_MS)
         socket.setsockopt(zmq.MAXMSGSIZE, self.settings.max_frame_bytes)
-        socket.setsockopt(zmq.SNDHWM, self.settings.high_water_mark)
+        to_servers = self.settings.server_high_water_mark
+        socket.setsockopt(zmq.SNDHWM, to_servers if side == "server" else self.settings.high_water_mark)
         socket.setsockopt(zmq.RCVHWM, self.settings.high_water_mark)
         try:
             socket.bind(address)

@@ -25,8 +25,10 @@ class BrokerSettings(BaseModel):
     """A worker silent for this long is gone."""
     max_peers: Positive = 4096
     """Connected workers, clients and servers together."""
-    max_sessions_per_client: Positive = 16
+    max_sessions_per_client: Positive = 4
     """Open sessions of one client connection."""
+    max_unanswered: Positive = 128
+    """Messages of a session, one after the other, to which the server says nothing; more end it."""
     max_connections_per_worker: Positive = 16
     """Connections of one admitted client or server."""
     max_messages_per_s: PerSecond = 20_000.0
@@ -38,7 +40,9 @@ class BrokerSettings(BaseModel):
     max_frame_bytes: Positive = 2**31
     """Larger frames end the connection that sent them."""
     high_water_mark: Positive = 1000
-    """Messages queued towards one worker before it counts as too slow."""
+    """Messages queued towards one client before it counts as too slow."""
+    server_high_water_mark: Positive = 16_384
+    """The same towards one server, to which many clients send."""
 
     @model_validator(mode="after")
     def _pings_come_in_time(self) -> Self:

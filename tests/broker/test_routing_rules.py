@@ -117,7 +117,7 @@ def test_a_silent_worker_is_gone_and_the_other_end_is_told(gone: Peer, told: Pee
 
 
 def replicated(count: int) -> tuple[Router, list[Peer]]:
-    router = Router(BrokerSettings())
+    router = Router(BrokerSettings(max_sessions_per_client=16))
     replicas = [Peer("server", b"s%d" % number) for number in range(count)]
     for number, peer in enumerate(replicas):
         hello = Hello(version=PROTOCOL_VERSION, role="server", identity=IDENTITY, replica=number, replicas=count)

@@ -189,3 +189,18 @@ def test_a_refused_version_names_both() -> None:
 def test_wrong_settings_are_refused_when_made(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         BrokerSettings.model_validate(wrong)
+
+
+def test_who_sends_more_than_is_answered_loses_that_session_alone(router: Router) -> None:
+    most = router.settings.max_unanswered
+    for _ in range(2):
+        for _ in range(most):
+            assert router.handle(CLIENT, data(FIRST), 0)[0].to == SERVER
+        router.handle(SERVER, data(FIRST), 0)  # any answer counts
+    for _ in range(most):
+        router.handle(CLIENT, data(FIRST), 0)
+    sends = router.handle(CLIENT, data(FIRST), 0)
+    assert told(sends) == [(CLIENT, FIRST, "too_many_unanswered"), (SERVER, FIRST, "client_gone")]
+    assert router.counters["refused_too_many_unanswered"] == 1
+    assert CLIENT in router.peers
+    assert still_open(router, SECOND, OTHER)

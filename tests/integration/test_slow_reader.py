@@ -24,7 +24,9 @@ def test_who_reads_nothing_loses_its_session_and_disturbs_nobody(tmp_path: Path)
     job = job.model_copy(update={"rounds": Rounds(count=2, local_steps=3)})
     site = Site(random_rows(8, 0))
     train_in_process(job, {"honest": site}, tmp_path / "calm")
-    settings = BrokerSettings(frontend="tcp://127.0.0.1:*", backend=SERVERS, high_water_mark=QUEUE)
+    settings = BrokerSettings(
+        frontend="tcp://127.0.0.1:*", backend=SERVERS, high_water_mark=QUEUE, max_unanswered=10**6
+    )
     with serving(job, tmp_path / "run", ["honest", "hostile"], broker_settings=settings) as running:
         deaf, service = Attacker(running, seed=0), running.running.service
         assert service is not None
