@@ -41,6 +41,9 @@ def loadtest(
     malicious: Annotated[
         float, typer.Option("--malicious", min=0, max=1, help="share that is admitted and sends garbage")
     ] = DEFAULTS.malicious,
+    malice: Annotated[
+        float, typer.Option("--malice", min=0, help="messages a second that each of those sends")
+    ] = DEFAULTS.malice_per_s,
     processes: Annotated[int, typer.Option("--processes", min=1, help="processes for the clients")] = 1,
     hidden_size: Annotated[
         int, typer.Option("--hidden-size", min=8, help="d of the random model, a multiple of 4")
@@ -63,7 +66,7 @@ def loadtest(
     try:
         plan = Plan(
             clients=clients, seconds=seconds, ramp_s=ramp, think_s=think, pace_spread=pace_spread, rows=rows,
-            shortest=shortest, longest=longest, churning=churning, stay_s=stay, slow=slow, malicious=malicious,
+            shortest=shortest, longest=longest, churning=churning, stay_s=stay, slow=slow, malicious=malicious, malice_per_s=malice,
             processes=processes, hidden_size=hidden_size, seed=seed,
         )  # fmt: skip
     except ValidationError as error:
