@@ -66,8 +66,8 @@ def loadtest(
     try:
         plan = Plan(
             clients=clients, seconds=seconds, ramp_s=ramp, think_s=think, pace_spread=pace_spread, rows=rows,
-            shortest=shortest, longest=longest, churning=churning, stay_s=stay, slow=slow, malicious=malicious, malice_per_s=malice,
-            processes=processes, hidden_size=hidden_size, seed=seed,
+            shortest=shortest, longest=longest, churning=churning, stay_s=stay, slow=slow, malicious=malicious,
+            malice_per_s=malice, processes=processes, hidden_size=hidden_size, seed=seed,
         )  # fmt: skip
     except ValidationError as error:
         raise UsageError(describe(error, Plan)) from None
