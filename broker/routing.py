@@ -89,6 +89,7 @@ class Router:
         self.peers: dict[Peer, Connected] = {}
         self.servers: dict[bytes, dict[int, Peer]] = {}
         self.sessions: dict[bytes, Session] = {}
+        self.connections: Counter[Guest | None] = Counter()
         self.counters: Counter[str] = Counter()
 
     def handle(self, peer: Peer, frames: Sequence[Frame], now: float, guest: Guest | None = None) -> list[Send]:
@@ -135,6 +136,9 @@ class Router:
         if known is None:
             return []
         self.counters["peers_gone"] += 1
+        self.connections[known.guest] -= 1
+        if not self.connections[known.guest]:
+            del self.connections[known.guest]
         if known.identity is not None:
             replicas = self.servers[known.identity]
             del replicas[known.replica]
@@ -174,14 +178,14 @@ class Router:
             return [self._refuse(peer, None, "too_many_peers", "no room for another connection")]
         if known is not None and known.guest != guest:
             return [self._refuse(peer, None, "not_admitted", "this connection is somebody else's")]
-        mine = sum(other.guest == guest for other in self.peers.values()) if guest is not None and known is None else 0
-        if mine >= self.settings.max_connections_per_worker:
+        if known is None and guest is not None and self.connections[guest] >= self.settings.max_connections_per_worker:
             return [self._refuse(peer, None, "too_many_peers", "this worker has too many connections")]
         sends = self.lost(peer) if peer in self.peers else []
         if hello.identity is not None:
             before = self.servers.get(hello.identity, {}).get(hello.replica)
             sends += [] if before is None else self.lost(before)
             self.servers.setdefault(hello.identity, {})[hello.replica] = peer
+        self.connections[guest] += 1
         self.peers[peer] = Connected(now, hello.identity, hello.replica, hello.replicas, guest)
         welcome = Welcome(
             version=PROTOCOL_VERSION, heartbeat_s=self.settings.heartbeat_s, timeout_s=self.settings.timeout_s

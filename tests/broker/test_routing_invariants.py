@@ -88,6 +88,7 @@ def assert_tables_agree(router: Router) -> None:
         for replica, peer in replicas.items()
     )
     assert len(router.peers) <= LIMITS.max_peers
+    assert router.connections == Counter(known.guest for known in router.peers.values())
 
 
 def assert_stays_within_its_session(router: Router, sender: Peer, header: Header, sends: list[Send]) -> None:
