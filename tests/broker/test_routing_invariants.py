@@ -1,5 +1,6 @@
 """Whatever workers do in whatever order, the broker's tables agree and a session's messages stay within it."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from hypothesis import given, settings
