@@ -11,7 +11,7 @@ from types import TracebackType
 
 import typer
 
-from launcher import check_command, demo_command, people, roles, top_command
+from launcher import check_command, demo_command, partition_command, people, roles, top_command
 from launcher.output import fail
 from loadtest import command as load
 from shared.errors import FlglmError, UsageError
@@ -47,6 +47,7 @@ check.command("broker")(check_command.check_broker)
 check.command("server")(check_command.check_server)
 check.command("client")(check_command.check_client)
 app.command("top")(top_command.top)
+app.command("partition")(partition_command.partition)
 app.command("loadtest")(load.loadtest)
 app.command("loadtest-crowd", hidden=True)(load.crowd)
 app.add_typer(client, name="client")
