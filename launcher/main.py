@@ -11,7 +11,16 @@ from types import TracebackType
 
 import typer
 
-from launcher import check_command, data_command, demo_command, partition_command, people, roles, top_command
+from launcher import (
+    check_command,
+    data_command,
+    demo_command,
+    eval_command,
+    partition_command,
+    people,
+    roles,
+    top_command,
+)
 from launcher.output import fail
 from loadtest import command as load
 from shared.errors import FlglmError, UsageError
@@ -50,6 +59,7 @@ check.command("client")(check_command.check_client)
 app.command("top")(top_command.top)
 app.add_typer(data, name="data")
 data.command("check")(data_command.check_data)
+app.command("eval")(eval_command.evaluate)
 app.command("partition")(partition_command.partition)
 app.command("loadtest")(load.loadtest)
 app.command("loadtest-crowd", hidden=True)(load.crowd)

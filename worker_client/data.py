@@ -6,6 +6,7 @@ tokenizer's chat template, what the assistant says.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,11 +42,16 @@ class LoadedRows:
     without_target: int
 
 
-def load_rows(path: Path, tokenizer: Any, *, max_length: int, too_long: TooLong = "truncate") -> LoadedRows:
-    """Read and tokenize a file. Raises DataError naming file, line and reason; no usable row is an error too."""
+def load_rows(
+    path: Path, tokenizer: Any, *, max_length: int, too_long: TooLong = "truncate", limit: int | None = None
+) -> LoadedRows:
+    """Read and tokenize a file, or its first `limit` records.
+
+    Raises DataError naming file, line and reason; no usable row is an error too.
+    """
     rows: list[Row] = []
     truncated = skipped = empty = 0
-    for line, record in read_records(path):
+    for line, record in islice(read_records(path), limit):
         try:
             row = tokenize(record, tokenizer)
         except DataError as error:
