@@ -21,8 +21,8 @@ from worker_client.record_files import read_records
 
 # Done so far, and of how many.
 Progress = Callable[[int, int], None]
-# Rows between two reports of progress.
-ROWS_AT_ONCE = 64
+# Rows or examples between two reports of progress.
+AT_ONCE = 32
 LARGEST_LOGARITHM = math.log(sys.float_info.max)
 
 
@@ -73,12 +73,12 @@ def _context(model: LocalModel, settings: Settings) -> int:
 def _rows(model: LocalModel, file: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
     loaded = load_rows(file, model.tokenizer, max_length=_context(model, settings), limit=settings.limit)
     log_probability, tokens, greedy = 0.0, 0, 0
-    for start in range(0, len(loaded.rows), ROWS_AT_ONCE):
-        for each in likelihoods(model.logits, loaded.rows[start : start + ROWS_AT_ONCE]):
+    for start in range(0, len(loaded.rows), AT_ONCE):
+        for each in likelihoods(model.logits, loaded.rows[start : start + AT_ONCE]):
             log_probability += each.log_probability
             tokens += each.tokens
             greedy += each.greedy
-        progress(min(len(loaded.rows), start + ROWS_AT_ONCE), len(loaded.rows))
+        progress(min(len(loaded.rows), start + AT_ONCE), len(loaded.rows))
     loss = -log_probability / tokens
     metrics = {"loss": loss, "accuracy": greedy / len(loaded.rows)}
     if loss < LARGEST_LOGARITHM:
@@ -93,10 +93,11 @@ def _choices(model: LocalModel, task: ChoiceTask, file: Path, settings: Settings
     context = _context(model, settings)
     answers: list[Answer] = []
     cut = 0
-    for example in examples:
-        choice = choose(model.logits, model.tokenizer, example, context=context, per_token=task.per_token)
-        answers.append(Answer(choice.name, example.gold, example.group))
-        cut += choice.cut
+    for start in range(0, len(examples), AT_ONCE):
+        asked = examples[start : start + AT_ONCE]
+        choices = choose(model.logits, model.tokenizer, asked, context=context, per_token=task.per_token)
+        answers += [Answer(c.name, e.gold, e.group) for c, e in zip(choices, asked, strict=True)]
+        cut += sum(choice.cut for choice in choices)
         progress(len(answers), len(examples))
     chance = sum(example.chance for example in examples) / len(examples)
     return {"metrics": task.metrics(answers), "examples": len(answers), "cut": cut, "chance": chance}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.errors import DataError, ModelError
-from worker_client.batches import Batch, pack_rows
+from worker_client.batches import Batch
 from worker_client.data import Row
 from worker_client.evaluation.cases import Example
 
@@ -35,7 +35,10 @@ def likelihoods(model: Logits, rows: Sequence[Row]) -> list[Likelihood]:
     """One a row. Raises ModelError if the model's scores are not finite."""
     found: list[Likelihood] = []
     for chunk in in_batches(rows):
-        batch = pack_rows(chunk)
+        batch = _packed(chunk)
+        if not batch.target_tokens:
+            found += [Likelihood(0.0, 0, True)] * len(chunk)
+            continue
         logits = model(batch)
         loss = F.cross_entropy(logits, batch.targets, reduction="none").double()
         wrong = (logits.argmax(-1) != batch.targets).double()
@@ -49,17 +52,46 @@ def likelihoods(model: Logits, rows: Sequence[Row]) -> list[Likelihood]:
 
 
 def in_batches(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """The rows in their order, cut to at most BATCH_TOKENS tokens."""
+    """The rows in their order, at most BATCH_TOKENS tokens to compute at once, or one row."""
     chunk: list[Row] = []
+    computed: set[tuple[int, ...]] = set()
     tokens = 0
     for row in rows:
-        if chunk and tokens + len(row.input_ids) > BATCH_TOKENS:
+        more = 0 if row.input_ids[:-1] in computed else len(row.input_ids) - 1
+        if chunk and tokens + more > BATCH_TOKENS:
             yield chunk
-            chunk, tokens = [], 0
+            chunk, computed, tokens, more = [], set(), 0, len(row.input_ids) - 1
         chunk.append(row)
-        tokens += len(row.input_ids)
+        computed.add(row.input_ids[:-1])
+        tokens += more
     if chunk:
         yield chunk
+
+
+def _packed(rows: Sequence[Row]) -> Batch:
+    """Rows without their last tokens, which predict nothing; those that are the same then are computed once: options of
+    one token cost no more than their prompt.
+    """
+    ids: list[int] = []
+    at: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
+    starts: dict[tuple[int, ...], int] = {(): 0}
+    lengths: list[int] = []
+    for index, row in enumerate(rows):
+        fed = row.input_ids[:-1]
+        if fed not in starts:
+            starts[fed] = len(ids)
+            ids += fed
+            lengths.append(len(fed))
+        for place in range(len(fed)):
+            if row.counts[place + 1]:
+                at.append(starts[fed] + place)
+                targets.append(row.input_ids[place + 1])
+                owner.append(index)
+    return Batch(
+        torch.tensor(ids), tuple(lengths), *(torch.tensor(each, dtype=torch.int64) for each in (at, targets, owner))
+    )
 
 
 def option_row(tokenizer: Any, prompt: str, option: str, context: int) -> tuple[Row, bool]:
@@ -85,15 +117,24 @@ class Choice:
     cut: bool
 
 
-def choose(model: Logits, tokenizer: Any, example: Example, *, context: int, per_token: bool) -> Choice:
-    """The option of largest log-likelihood given the prompt, summed or the mean of its tokens; of equals the first.
+def choose(
+    model: Logits, tokenizer: Any, examples: Sequence[Example], *, context: int, per_token: bool
+) -> list[Choice]:
+    """For each the option of largest log-likelihood given the prompt, summed or the mean of its tokens; of equals the
+    first.
 
     Raises DataError if an option has no token of its own, ModelError as `likelihoods` does.
     """
-    rows = [option_row(tokenizer, example.prompt, option, context) for option in example.options.values()]
-    scored = likelihoods(model, [row for row, _ in rows])
-    if not all(each.tokens for each in scored):
-        raise DataError("an option has no token that could be scored")
-    scores = [each.log_probability / each.tokens if per_token else each.log_probability for each in scored]
-    best = max(range(len(scores)), key=lambda place: scores[place])
-    return Choice(list(example.options)[best], any(cut for _, cut in rows))
+    rows = [
+        [option_row(tokenizer, example.prompt, option, context) for option in example.options.values()]
+        for example in examples
+    ]
+    scored = iter(likelihoods(model, [row for options in rows for row, _ in options]))
+    choices: list[Choice] = []
+    for example, options in zip(examples, rows, strict=True):
+        found = dict(zip(example.options, scored, strict=False))
+        if not all(each.tokens for each in found.values()):
+            raise DataError("an option has no token that could be scored")
+        scores = {name: each.log_probability / (each.tokens if per_token else 1) for name, each in found.items()}
+        choices.append(Choice(max(scores, key=lambda name: scores[name]), any(cut for _, cut in options)))
+    return choices

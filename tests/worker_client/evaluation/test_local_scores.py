@@ -69,8 +69,8 @@ def test_options_score_as_a_few_lines_of_transformers_say(folder: Path, model: L
         assert [each.log_probability for each in found] == close(list(sums.values()))
         assert [each.tokens for each in found] == [1, 2, 3]
         example = Example(prompt, options, ("1",))
-        by_sum = choose(model.logits, model.tokenizer, example, context=64, per_token=False)
-        by_mean = choose(model.logits, model.tokenizer, example, context=64, per_token=True)
+        (by_sum,) = choose(model.logits, model.tokenizer, [example], context=64, per_token=False)
+        (by_mean,) = choose(model.logits, model.tokenizer, [example], context=64, per_token=True)
         assert by_sum.name == max(sums, key=lambda name: sums[name])
         assert by_mean.name == max(means, key=lambda name: means[name])
         differ += by_sum.name != by_mean.name
@@ -122,10 +122,42 @@ def test_batches_do_not_change_scores(llama: Path, monkeypatch: pytest.MonkeyPat
     rows = random_rows(9, 1)
     together = likelihoods(model.logits, rows)
     monkeypatch.setattr(scoring, "BATCH_TOKENS", 10)
-    assert [len(chunk) for chunk in scoring.in_batches([Row((5,) * 6, (True,) * 6)] * 3)] == [1, 1, 1]
-    assert [len(chunk) for chunk in scoring.in_batches([Row((5,) * 5, (True,) * 5)] * 3)] == [2, 1]
+    assert [len(chunk) for chunk in scoring.in_batches([Row((n,) * 7, (True,) * 7) for n in range(3)])] == [1, 1, 1]
+    assert [len(chunk) for chunk in scoring.in_batches([Row((n,) * 6, (True,) * 6) for n in range(3)])] == [2, 1]
     apart = likelihoods(model.logits, rows)
     assert [each.log_probability for each in apart] == close([each.log_probability for each in together])
+
+
+def test_options_of_one_token_are_scored_in_one_forward_of_their_prompt(llama: Path) -> None:
+    model = load_local_model(str(llama))
+    computed: list[tuple[int, ...]] = []
+
+    def counted(batch: Batch) -> torch.Tensor:
+        computed.append(batch.lengths)
+        return model.logits(batch)
+
+    rows = [Row((30, 31, token), (False, False, True)) for token in (40, 41, 42)]
+    rows.append(Row((30, 31, 40, 41), (False, False, True, True)))
+    together = likelihoods(counted, rows)
+    assert computed == [(2, 3)]
+    apart = [likelihoods(model.logits, [row])[0] for row in rows]
+    assert [each.log_probability for each in together] == close([each.log_probability for each in apart])
+    assert len({each.log_probability for each in together}) == 4
+    assert likelihoods(counted, [Row((30,), (True,))])[0].tokens == 0
+    assert len(computed) == 1
+
+
+def test_many_examples_are_answered_as_one_by_one(llama: Path) -> None:
+    model = load_local_model(str(llama))
+    asked = [
+        Example(words(seed, 4), {str(n): " " + words(seed + n, 1 + n % 3) for n in range(2 + seed % 3)}, ("1",))
+        for seed in range(20)
+    ]
+    together = choose(model.logits, model.tokenizer, asked, context=64, per_token=False)
+    assert together == [
+        choose(model.logits, model.tokenizer, [example], context=64, per_token=False)[0] for example in asked
+    ]
+    assert len({choice.name for choice in together}) > 1
 
 
 def test_an_option_counts_from_where_the_text_is_no_longer_the_prompts(llama: Path) -> None:
@@ -143,7 +175,7 @@ def test_an_option_counts_from_where_the_text_is_no_longer_the_prompts(llama: Pa
 def test_an_option_without_a_token_and_scores_that_are_no_numbers_are_errors(llama: Path) -> None:
     model = load_local_model(str(llama))
     with pytest.raises(DataError, match="no token"):
-        choose(model.logits, model.tokenizer, Example("w20", {"a": ""}, ("a",)), context=64, per_token=False)
+        choose(model.logits, model.tokenizer, [Example("w20", {"a": ""}, ("a",))], context=64, per_token=False)
 
     def broken(batch: Batch) -> torch.Tensor:
         return torch.full((len(batch.at), 97), float("nan"))
