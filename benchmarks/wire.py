@@ -27,8 +27,9 @@ from shared.model.checkpoint import Checkpoint
 from shared.wire.connection import BrokerConnection
 from worker_client import training
 from worker_client.client import load_tokenizer
-from worker_client.data import Row, read_jsonl, split_validation, tokenize
+from worker_client.data import Row, split_validation, tokenize
 from worker_client.head_tail import load_client_parts
+from worker_client.record_files import read_records
 from worker_client.remote_trunk import RemoteTrunk
 
 SOURCES = ("4_MPlus_Health_Topics_QA", "5_NIDDK_QA", "6_NINDS_QA")
@@ -88,7 +89,7 @@ def load_sites(model: Path, data: Path, clients: int) -> dict[str, Site]:
     """A site a source."""
     tokenizer = load_tokenizer(Checkpoint(str(model)))
     rows: dict[str, list[Row]] = {source: [] for source in SOURCES[:clients]}
-    for _, record in read_jsonl(data):
+    for _, record in read_records(data):
         if record["source"] in rows:
             # Five characters a token and more: what is cut here would be cut below.
             answer = record["answer"][: 20 * LONGEST]

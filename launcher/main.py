@@ -11,7 +11,16 @@ from types import TracebackType
 
 import typer
 
-from launcher import check_command, demo_command, people, roles, top_command
+from launcher import (
+    check_command,
+    data_command,
+    demo_command,
+    eval_command,
+    partition_command,
+    people,
+    roles,
+    top_command,
+)
 from launcher.output import fail
 from loadtest import command as load
 from shared.errors import FlglmError, UsageError
@@ -29,6 +38,7 @@ app = typer.Typer(
 )
 client = typer.Typer(help="A data owner's side.", no_args_is_help=True)
 check = typer.Typer(help="Before a role is started: what is wrong, and what to type to mend it.", no_args_is_help=True)
+data = typer.Typer(help="Rows before they are trained on.", no_args_is_help=True)
 keys = typer.Typer(help="Identities: private keys and the cards that go with them.", no_args_is_help=True)
 
 app.command("demo")(demo_command.demo)
@@ -47,6 +57,10 @@ check.command("broker")(check_command.check_broker)
 check.command("server")(check_command.check_server)
 check.command("client")(check_command.check_client)
 app.command("top")(top_command.top)
+app.add_typer(data, name="data")
+data.command("check")(data_command.check_data)
+app.command("eval")(eval_command.evaluate)
+app.command("partition")(partition_command.partition)
 app.command("loadtest")(load.loadtest)
 app.command("loadtest-crowd", hidden=True)(load.crowd)
 app.add_typer(client, name="client")

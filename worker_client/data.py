@@ -1,13 +1,12 @@
-"""Private rows from JSONL files, tokenized, with the tokens that count in the loss marked.
+"""Private rows from files, tokenized, with the tokens that count in the loss marked.
 
-Three shapes, told apart by their keys: {"text"} (every token counts), {"prompt", "completion"} (the completion and the
-end token count), {"messages": [{"role", "content"}, ...]} (the tokenizer's chat template; what the assistant says
-counts).
+A text counts whole; of a prompt and its completion the completion and the end token count; of a conversation, in the
+tokenizer's chat template, what the assistant says.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +14,10 @@ import torch
 from jinja2 import TemplateError
 
 from shared.errors import DataError
+from worker_client.record_files import read_records
+from worker_client.shapes import Chat, Content, Pair, recognise
 
-EXPECTED = '{"text"}, {"prompt", "completion"} or {"messages"}'
+TooLong = Literal["truncate", "skip"]
 
 
 @dataclass(frozen=True)
@@ -42,81 +43,67 @@ class LoadedRows:
 
 
 def load_rows(
-    path: Path, tokenizer: Any, *, max_length: int, too_long: Literal["truncate", "skip"] = "truncate"
+    path: Path, tokenizer: Any, *, max_length: int, too_long: TooLong = "truncate", limit: int | None = None
 ) -> LoadedRows:
-    """Read and tokenize a JSONL file. Raises DataError naming file, line and reason; no usable row is an error too."""
+    """Read and tokenize a file, or its first `limit` records.
+
+    Raises DataError naming file, line and reason; no usable row is an error too.
+    """
     rows: list[Row] = []
     truncated = skipped = empty = 0
-    for line, record in read_jsonl(path):
+    for line, record in islice(read_records(path), limit):
         try:
             row = tokenize(record, tokenizer)
         except DataError as error:
             raise DataError(f"{path}:{line}: {error.message}", hint=error.hint) from None
-        if len(row.input_ids) > max_length:
-            if too_long == "skip":
-                skipped += 1
-                continue
-            truncated += 1
-            row = Row(row.input_ids[:max_length], row.counts[:max_length])
-        if row.target_tokens == 0:
+        fitted = fit(row, max_length, too_long)
+        if fitted is None:
+            skipped += 1
+            continue
+        truncated += len(fitted.input_ids) < len(row.input_ids)
+        if fitted.target_tokens == 0:
             empty += 1
             continue
-        rows.append(row)
+        rows.append(fitted)
     if not rows:
-        raise DataError(
-            f"{path}: no usable row ({skipped} longer than {max_length} tokens, {empty} without a token that counts)"
-        )
+        raise no_usable_row(path, max_length, skipped, empty)
     return LoadedRows(tuple(rows), truncated, skipped, empty)
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and objects. Blank lines are passed over. Raises DataError."""
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{path}:{number}: not JSON ({error}); expected {EXPECTED}") from None
-                if not isinstance(record, dict):
-                    raise DataError(f"{path}:{number}: not a JSON object; expected {EXPECTED}")
-                yield number, record
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8 text") from None
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", hint="name the file with --data") from None
+def fit(row: Row, max_length: int, too_long: TooLong) -> Row | None:
+    """The row, cut if it is too long; None if it is left out instead."""
+    if len(row.input_ids) <= max_length:
+        return row
+    return None if too_long == "skip" else Row(row.input_ids[:max_length], row.counts[:max_length])
+
+
+def no_usable_row(path: Path, max_length: int, skipped_long: int, without_target: int) -> DataError:
+    return DataError(
+        f"{path}: no usable row ({skipped_long} longer than {max_length} tokens, {without_target} without a token that "
+        "counts)"
+    )
 
 
 def tokenize(record: dict[str, Any], tokenizer: Any) -> Row:
     """One record to a Row. Raises DataError."""
-    if "messages" in record:
-        return _messages(record["messages"], tokenizer)
-    if "prompt" in record and "completion" in record:
-        prompt = _ids(tokenizer, _text(record, "prompt"))
-        completion = [*_ids(tokenizer, _text(record, "completion"), add_special_tokens=False), _end_token(tokenizer)]
+    return tokenize_content(recognise(record).read(record), tokenizer)
+
+
+def tokenize_content(content: Content, tokenizer: Any) -> Row:
+    """What a record says to a Row. Raises DataError."""
+    if isinstance(content, Chat):
+        return _messages(content.messages, tokenizer)
+    if isinstance(content, Pair):
+        prompt = _ids(tokenizer, content.prompt)
+        completion = [*_ids(tokenizer, content.completion, add_special_tokens=False), _end_token(tokenizer)]
         return Row((*prompt, *completion), (False,) * len(prompt) + (True,) * len(completion))
-    if "text" in record:
-        ids = [*_ids(tokenizer, _text(record, "text")), _end_token(tokenizer)]
-        return Row(tuple(ids), (True,) * len(ids))
-    raise DataError(f"keys {sorted(record)[:6]}; expected {EXPECTED}")
+    ids = [*_ids(tokenizer, content.text), _end_token(tokenizer)]
+    return Row(tuple(ids), (True,) * len(ids))
 
 
-def _messages(messages: Any, tokenizer: Any) -> Row:
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
-    ):
-        raise DataError('"messages" must be a list of {"role", "content"} with text in both')
+def _messages(messages: list[dict[str, Any]], tokenizer: Any) -> Row:
     if not tokenizer.chat_template:
         raise DataError('the tokenizer has no chat template for {"messages"}', hint="use {prompt, completion} rows")
-    if messages[0]["role"] == "assistant":
-        raise DataError("the assistant speaks first, and answers nobody", hint="begin with a message of another role")
     ids: list[int] = []
     counts: list[bool] = []
     for index, message in enumerate(messages):
@@ -149,13 +136,6 @@ def _extend(ids: list[int], counts: list[bool], longer: list[int], *, counted: b
         raise DataError("the chat template rewrites earlier turns, so the assistant's tokens cannot be told apart")
     counts.extend([counted] * (len(longer) - len(ids)))
     ids.extend(longer[len(ids) :])
-
-
-def _text(record: dict[str, Any], key: str) -> str:
-    value = record[key]
-    if not isinstance(value, str):
-        raise DataError(f'"{key}" must be text, not {type(value).__name__}')
-    return value
 
 
 def _end_token(tokenizer: Any) -> int:

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from launcher.preflight.checks import Check, fail, ok, warn
-from shared.errors import DataError, ModelError
+from shared.errors import ModelError, UsageError
 from shared.job import Job
 from shared.model.checkpoint import Checkpoint
 from shared.model.families import context_length
 from worker_client.client import load_tokenizer
-from worker_client.data import LoadedRows, load_rows, read_jsonl, split_validation
+from worker_client.data import LoadedRows, load_rows, split_validation
+from worker_client.record_files import read_records
 
 MEND = "mend the line that is named; README.md, 'Rows', shows the shapes"
 # More than this share of cut or skipped rows is worth a look.
@@ -16,14 +17,14 @@ MANY = 0.1
 
 
 def check_parsed(path: Path) -> Check:
-    """The file is JSON lines; without the job and its model nothing more can be said."""
+    """The file has records; without the job and its model nothing more can be said."""
     try:
-        count = sum(1 for _ in read_jsonl(path))
-    except DataError as error:
+        count = sum(1 for _ in read_records(path))
+    except UsageError as error:
         return fail(f"rows {path.name}", error.message, error.hint or MEND)
     if count == 0:
         return fail(f"rows {path.name}", f"{path}: no row", "name the file with --data")
-    return ok(f"rows {path.name}", f"{count} rows of JSON, not tokenized yet")
+    return ok(f"rows {path.name}", f"{count} rows, not tokenized yet")
 
 
 def check_rows(data: Path, validation: Path | None, fraction: float, job: Job, checkpoint: Checkpoint) -> list[Check]:
@@ -41,7 +42,7 @@ def check_rows(data: Path, validation: Path | None, fraction: float, job: Job, c
             loaded = load_rows(path, tokenizer, max_length=limit, too_long=job.data.too_long)
             if validation is None and fraction > 0:
                 split_validation(loaded.rows, fraction, job.training.seed)
-        except DataError as error:
+        except UsageError as error:
             checks.append(fail(f"rows {path.name}", error.message, error.hint or MEND))
         else:
             checks.append(_counted(path, loaded, limit))

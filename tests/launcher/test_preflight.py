@@ -321,7 +321,7 @@ def test_a_site_whose_server_is_not_there_yet_may_start_and_is_told_what_was_not
     rows = house.check("client", expect=0)
     assert rows["server"]["status"] == "warn"
     assert rows["job"]["status"] == "warn"
-    assert rows["rows rows.jsonl"]["found"] == "10 rows of JSON, not tokenized yet"
+    assert rows["rows rows.jsonl"]["found"] == "10 rows, not tokenized yet"
     known = house.check("client", "--job", "job.yaml", expect=0)
     assert known["server"]["status"] == "warn"
     assert known["job file"]["status"] == known["rows rows.jsonl"]["status"] == known["memory"]["status"] == "ok"

@@ -1,4 +1,4 @@
-"""Rows from files: three shapes, what counts in the loss, what is left out and counted, and every way to be wrong."""
+"""Rows from files: five shapes, what counts in the loss, what is left out and counted, and every way to be wrong."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from benchmarks.tiny_models import save_word_tokenizer
 from shared.errors import DataError
 from worker_client.batches import batch_indices, pack_rows
 from worker_client.data import Row, load_rows, split_validation, tokenize
+from worker_client.shapes import SHAPES, Pair, recognise
 
 CHAT = (
     "{% for m in messages %}{% if m.content == 'w66' %}{{ raise_exception('no w66 here') }}{% endif %}"
@@ -51,6 +52,61 @@ def test_of_messages_the_assistants_words_count(tokenizer: Any) -> None:
     assert counted == [30, 31, 8, 32, 8]
 
 
+def test_alpaca_rows_are_its_own_prompt_and_the_output(tokenizer: Any) -> None:
+    below = "Below is an instruction that describes a task"
+    plain = {"instruction": "w5 .", "output": "w7"}
+    assert recognise(plain).read(plain) == Pair(
+        f"{below}. Write a response that appropriately completes the request.\n\n### Instruction:\nw5 .\n\n"
+        "### Response:\n",
+        "w7",
+    )
+    with_input = plain | {"input": "w6"}
+    assert recognise(with_input).read(with_input) == Pair(
+        f"{below}, paired with an input that provides further context. Write a response that appropriately completes "
+        "the request.\n\n### Instruction:\nw5 .\n\n### Input:\nw6\n\n### Response:\n",
+        "w7",
+    )
+    assert (
+        tokenize(plain | {"input": ""}, tokenizer)
+        == tokenize(plain, tokenizer)
+        == tokenize(plain | {"input": None}, tokenizer)
+    )
+    row = tokenize(with_input, tokenizer)
+    assert [token for token, counts in zip(row.input_ids, row.counts, strict=True) if counts] == [7, 1]
+
+
+def test_sharegpt_rows_are_the_messages_that_they_mean(tokenizer: Any) -> None:
+    said = [("system", "w4"), ("human", "w20"), ("gpt", "w30"), ("user", "w21"), ("assistant", "w31")]
+    roles = ("system", "user", "assistant", "user", "assistant")
+    sharegpt = {"conversations": [{"from": who, "value": text} for who, text in said]}
+    messages = [{"role": role, "content": text} for role, (_, text) in zip(roles, said, strict=True)]
+    assert tokenize(sharegpt, tokenizer) == tokenize({"messages": messages}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            ["question", "answer"],
+            '{"prompt", "completion"}, the nearest shape: "prompt" is missing (is it "question"?)',
+        ),
+        (["promt", "completion"], '"prompt" is missing (is it "promt"?)'),
+        (["instruction", "response"], '{"instruction", "output"}, the nearest shape: "output" is missing'),
+        (["conversation", "id"], '{"conversations"}, the nearest shape: "conversations" is missing (is it "conv'),
+        (["Text"], '{"text"}, the nearest shape: "text" is missing (is it "Text"?)'),
+        (["message"], '{"messages"}, the nearest shape'),
+        (["label", "n"], "expected one of "),
+        ([], "expected one of "),
+    ],
+)
+def test_an_unknown_shape_is_told_the_nearest_one(keys: list[str], said: str, tokenizer: Any) -> None:
+    with pytest.raises(DataError) as error:
+        tokenize(dict.fromkeys(keys, "w5"), tokenizer)
+    assert said in error.value.message
+    assert error.value.hint is not None
+    assert all(str(shape) in error.value.hint for shape in SHAPES)
+
+
 def test_long_rows_are_cut_or_left_out_and_counted(tokenizer: Any, tmp_path: Path) -> None:
     path = write(
         tmp_path / "r.jsonl", {"text": "w5 w6 w7 w8"}, {"text": "w5"}, {"prompt": "w5 w6 w7", "completion": "w8"}
@@ -70,12 +126,17 @@ def test_long_rows_are_cut_or_left_out_and_counted(tokenizer: Any, tmp_path: Pat
         ("[1]", "r.jsonl:2: not a JSON object"),
         ('{"txt": "w5"}', 'expected {"text"}'),
         ('{"text": 5}', '"text" must be text, not int'),
-        ('{"prompt": "w5"}', "expected"),
+        ('{"prompt": "w5"}', 'expected {"prompt", "completion"}, the nearest shape: "completion" is missing'),
         ('{"messages": []}', '"messages" must be a list'),
         ('{"messages": [{"role": "user"}]}', '"messages" must be a list'),
         ('{"messages": "w5"}', '"messages" must be a list'),
         ('{"messages": [{"role": "assistant", "content": "w5"}]}', "the assistant speaks first"),
         ('{"prompt": "w5", "completion": null}', '"completion" must be text, not NoneType'),
+        ('{"conversations": [{"from": "human"}]}', '"conversations" must be a list'),
+        ('{"conversations": [{"from": "bing", "value": "w5"}]}', "\"from\" is 'bing'"),
+        ('{"conversations": [{"from": "gpt", "value": "w5"}]}', "the assistant speaks first"),
+        ('{"instruction": "w5", "output": 5}', '"output" must be text, not int'),
+        ('{"instruction": "w5", "input": 5, "output": "w5"}', '"input" must be text, not int'),
         ("[" * 100_000, "not JSON"),
         ('{"text": "w5 \\ud83d"}', "half of a surrogate pair"),
         ('{"messages": [{"role": "user", "content": "w66"}, {"role": "assistant", "content": "w6"}]}', "no w66 here"),

@@ -1,0 +1,47 @@
+"""Summaries: greedy continuations of a prompt, compared with people's by ROUGE (Lin 2004, library rouge-score)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from shared.errors import UsageError
+from worker_client.evaluation.local_model import LocalModel
+
+MEASURES = ("rouge1", "rouge2", "rougeL")
+
+
+def rouge() -> Callable[[Sequence[str], Sequence[str]], dict[str, float]]:
+    """Mean F1 of ROUGE-1, -2 and -L over pairs of (reference, summary), words stemmed. Raises UsageError without the
+    library."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise UsageError("ROUGE needs the library 'rouge-score'", hint="pip install 'flglm[eval]'") from None
+    scorer = RougeScorer(list(MEASURES), use_stemmer=True)
+
+    def mean_f1(references: Sequence[str], summaries: Sequence[str]) -> dict[str, float]:
+        scores = [scorer.score(reference, made) for reference, made in zip(references, summaries, strict=True)]
+        return {name: sum(score[name].fmeasure for score in scores) / max(1, len(scores)) for name in MEASURES}
+
+    return mean_f1
+
+
+def continuation(model: LocalModel, prompt: str, max_new_tokens: int) -> tuple[str, bool]:
+    """The most probable next token again and again, until the end token, `max_new_tokens` or the model's context.
+
+    The prompt is cut at its beginning where it leaves no room; and whether it was. The whole row is computed for each
+    token: no cache.
+    """
+    ids: list[int] = model.tokenizer(prompt).input_ids
+    cut = max(0, len(ids) + max_new_tokens - model.context)
+    ids = ids[cut:]
+    begin = len(ids)
+    for _ in range(max_new_tokens):
+        last = torch.tensor([len(ids) - 1])
+        token = int(model.logits_at(torch.tensor(ids), [len(ids)], last)[0].argmax())
+        if token == model.tokenizer.eos_token_id:
+            break
+        ids.append(token)
+    made: Any = model.tokenizer.decode(ids[begin:], skip_special_tokens=True)
+    return str(made).strip(), cut > 0
