@@ -113,13 +113,17 @@ def play_group(terms: SumTerms, identities: Sequence[Identity], meter: Meter) ->
 
 @dataclass
 class Round:
-    """One sum by SecAgg or SecAgg+. `gone` are the clients that no longer answer, phase by phase."""
+    """One sum by SecAgg or SecAgg+. `gone` are the clients that no longer answer, phase by phase.
+
+    `pair_masks`: how many masks the server had to compute for those that dropped out.
+    """
 
     terms: Terms
     clients: Mapping[int, Client]
     server: Server
     meter: Meter
     gone: set[int] = field(default_factory=set)
+    pair_masks: int = 0
 
     @classmethod
     def of(
@@ -174,6 +178,7 @@ class Round:
     def unmask(self, drop: Collection[int] = ()) -> MaskedSum:
         with self.meter.timed(SERVER):
             requests = self.server.close_inputs()
+        self.pair_masks = sum(len(request.dropped) for request in requests.values())
         self.gone |= set(drop)
         for number in self._there(requests):
             came = self.meter.down(number, requests[number])
