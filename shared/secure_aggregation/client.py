@@ -10,7 +10,8 @@ The masks (figure 4 of the first paper, semi-honest variant with double masking;
     y_u = x_u + PRG(b_u) + sum over neighbours v of ( PRG(s_uv) if u < v else -PRG(s_uv) )      modulo 2^bits
 
 The server is told shares of b_u if u's input came, and of u's masking key if it did not. A client gives one kind for
-one client and answers once, so a server that follows the protocol or not gets no second kind from it.
+one client and answers once. There is no consistency round: against a server that tells clients different stories about
+who dropped out, docs/adr/0012-secure-aggregation.md says what is left.
 """
 
 import os
