@@ -11,6 +11,9 @@ FlglmError
 ├── ConnectionFailed      nobody there, or gone                                exit 2
 │   └── HandshakeError    the other side is not who it should be
 ├── DeadlineExceeded      a bounded wait ended                                 exit 3
+├── AggregationError      a sum of masked updates that cannot be had           exit 2
+│   ├── TooFewLeft        more clients dropped out than the threshold allows
+│   └── ShareError        a client's keys or shares are not what it promised
 └── PeerError             a message from outside broke a rule (they erred)     exit 2
     ├── FrameError        number or size of frames
     ├── EnvelopeError     kind or routing header
@@ -18,6 +21,7 @@ FlglmError
     │   ├── ReplayError   its sequence number was seen before
     │   └── OrderError    it skips sequence numbers
     ├── SchemaError       an opened message that is not one of ours
+    ├── PhaseError        a message, or a step, that does not fit the phase: early, late or repeated
     └── TensorError       a tensor's dtype, shape, size or values
 
 `code` is what travels and what machines read; the message is one line for a person and names what to change. What it
@@ -99,6 +103,25 @@ class DeadlineExceeded(FlglmError):
     exit_code = 3
 
 
+class AggregationError(FlglmError):
+    """`clients` names those that are missing or at fault, as far as that is known."""
+
+    code = "aggregation"
+    exit_code = 2
+
+    def __init__(self, message: str, *, clients: tuple[str, ...] = (), hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.clients = clients
+
+
+class TooFewLeft(AggregationError):
+    code = "too_few_left"
+
+
+class ShareError(AggregationError):
+    code = "share"
+
+
 class PeerError(FlglmError):
     code = "peer"
     exit_code = 2
@@ -126,6 +149,10 @@ class OrderError(SealError):
 
 class SchemaError(PeerError):
     code = "schema"
+
+
+class PhaseError(PeerError):
+    code = "phase"
 
 
 class TensorError(PeerError):

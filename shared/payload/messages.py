@@ -25,24 +25,20 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from shared.errors import SchemaError
+from shared.payload.schema import Count, Hex
+from shared.payload.schema import Message as Message
 from shared.payload.tensors import TensorInfo
 from shared.wire.envelope import MAX_BODY_FRAMES, Frame
 
 MAX_MESSAGE_BYTES = 4 * 2**20
 MAX_ROWS = 65_536
 
-Count = Annotated[int, Field(ge=0, lt=2**53)]
 RequestId = Annotated[int, Field(ge=1, lt=2**53)]
 Lengths = Annotated[tuple[Annotated[int, Field(ge=1, le=1_048_576)], ...], Field(min_length=1, max_length=MAX_ROWS)]
-Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Purpose = Literal["train", "evaluate"]
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class WithTensors(Message):
