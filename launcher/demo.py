@@ -23,6 +23,7 @@ from shared.errors import DataError, JobError
 from shared.job import Job, load_job
 from shared.model.checkpoint import Checkpoint
 from shared.model.families import context_length
+from shared.model.methods import longest_row
 from shared.model.plan import SplitPlan
 from worker_client.client import load_tokenizer
 from worker_client.data import Row, load_rows, split_validation
@@ -129,7 +130,7 @@ def _all_rows(job: Job, sites: list[Site]) -> dict[str, tuple[tuple[Row, ...], t
     """Training and validation rows by site, as the clients will see them. Raises DataError."""
     checkpoint = Checkpoint(job.model_name_or_path)
     tokenizer = load_tokenizer(checkpoint)
-    limit = min(job.data.max_length, context_length(checkpoint.config))
+    limit = longest_row(job, context_length(checkpoint.config))
     rows: dict[str, tuple[tuple[Row, ...], tuple[Row, ...]]] = {}
     for site in sites:
         train = load_rows(site.train, tokenizer, max_length=limit, too_long=job.data.too_long).rows

@@ -16,6 +16,7 @@ from shared.yaml_files import read_mapping, validated
 
 WireFormat = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 TrainedPart = Literal["head", "trunk", "tail"]
+MethodName = Literal["lora", "full", "prompt"]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -47,7 +48,17 @@ class Full(Settings):
     type: Literal["full"] = "full"
 
 
-Method = Annotated[Lora | Full, Field(discriminator="type")]
+class Prompt(Settings):
+    """Prompt tuning (arXiv 2104.08691): `num_virtual_tokens` trained embeddings before each row, at the client alone.
+
+    Rows of `data.max_length` tokens have them in it.
+    """
+
+    type: Literal["prompt"] = "prompt"
+    num_virtual_tokens: Annotated[int, Field(ge=1, le=4096)] = 20
+
+
+Method = Annotated[Lora | Full | Prompt, Field(discriminator="type")]
 
 
 class Training(Settings):
@@ -157,6 +168,8 @@ class Job(Settings):
             raise ValueError(
                 f"training.trunk_dtype={self.training.trunk_dtype} is for frozen weights; method.type=full trains them"
             )
+        if self.method.type == "prompt":
+            _check_prompt(self.method, self.training, self.data)
         batch_tokens = self.training.per_device_train_batch_size * self.data.max_length
         if batch_tokens > self.cohort.max_batch_tokens:
             raise ValueError(
@@ -164,6 +177,11 @@ class Job(Settings):
                 f"more than cohort.max_batch_tokens={self.cohort.max_batch_tokens}"
             )
         return self
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many virtual tokens come before those of every row."""
+        return self.method.num_virtual_tokens if self.method.type == "prompt" else 0
 
     @property
     def total_steps(self) -> int:
@@ -176,6 +194,19 @@ class Job(Settings):
     def digest(self) -> bytes:
         """SHA-256 of `canonical()`, 32 bytes."""
         return hashlib.sha256(self.canonical()).digest()
+
+
+def _check_prompt(method: Prompt, training: Training, data: Data) -> None:
+    if training.parts != ("head",):
+        raise ValueError(
+            f"method.type=prompt trains embeddings in the head alone: training.parts={list(training.parts)} "
+            "must be [head]"
+        )
+    if method.num_virtual_tokens + 2 > data.max_length:
+        raise ValueError(
+            f"method.num_virtual_tokens={method.num_virtual_tokens} leaves no room for rows in "
+            f"data.max_length={data.max_length}, which counts both"
+        )
 
 
 def parse_job(values: Any, source: str) -> Job:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shared.errors import JobError
 from shared.model.carve import Part
-from shared.model.trainable import ADAPTER
+from shared.model.methods.lora import ADAPTER
 
 TILE = 32
 

@@ -14,6 +14,7 @@ from shared.job import Job
 from shared.model.carve import load_part
 from shared.model.checkpoint import Checkpoint
 from shared.model.families import context_length
+from shared.model.methods import longest_row
 from shared.model.plan import SplitPlan
 from shared.model.trainable import make_trainable, update_shapes
 from shared.monitoring import Health, new_registry
@@ -97,6 +98,7 @@ class Server:
         """Raises JobError, ModelError, CheckpointError, ConnectionFailed."""
         checkpoint = Checkpoint(self.job.model_name_or_path)
         plan = SplitPlan(self.job.split.head_blocks, self.job.split.tail_blocks, checkpoint.config.num_hidden_layers)
+        longest_row(self.job, context_length(checkpoint.config))
         dtype, device = DTYPES[self.job.training.trunk_dtype], device_of(self.settings)
         part = load_part(checkpoint, plan, "trunk", dtype=dtype, device=device)
         make_trainable(part, self.job)

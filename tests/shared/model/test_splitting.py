@@ -18,8 +18,9 @@ from shared.job import Full, Job, Lora, Training
 from shared.model.carve import Part, load_head_and_tail, load_part
 from shared.model.checkpoint import Checkpoint
 from shared.model.families import FAMILIES, family_of
+from shared.model.methods.lora import reseed_lora
 from shared.model.plan import SplitPlan
-from shared.model.trainable import make_trainable, reseed_lora, trained, update_shapes
+from shared.model.trainable import make_trainable, trained, update_shapes
 
 LENGTHS = [9, 1, 14, 3]
 
