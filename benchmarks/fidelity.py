@@ -24,7 +24,7 @@ from benchmarks.tiny_models import VOCABULARY, save_tiny_model, save_word_tokeni
 from launcher import local_run
 from launcher.in_process import Outcome, Site, train_in_process, trunk_tensors
 from launcher.whole_models import with_method
-from shared.job import Cohort, Full, Job, Lora, Method, Prompt, Rounds, Split, Training, Wire
+from shared.job import Cohort, Full, Job, Lora, Method, Prefix, Prompt, Rounds, Split, Training, Wire
 from shared.model.checkpoint import Checkpoint
 from shared.model.families import FAMILIES
 from shared.model.plan import PartName
@@ -85,6 +85,7 @@ FOUR_UNDER_WAY = {"training": {"gradient_accumulation_steps": 4}, "cohort": {"in
 CASES = {"everything": Case(ALL, 1), "trunk": Case(TRUNK, 3)}
 MODES = {
     "LoRA": Case(ALL, 1, method=Lora(r=4)),
+    "prefix": Case(ALL, 1, method=Prefix(num_virtual_tokens=5)),
     "prompt": Case(HEAD, 1, method=Prompt(num_virtual_tokens=5)),
     "4 micro-batches in flight, everything": Case(ALL, 1, FOUR_UNDER_WAY),
     "4 micro-batches in flight, trunk": Case(TRUNK, 3, FOUR_UNDER_WAY),
@@ -93,6 +94,9 @@ MODES = {
     "greedy": Case(TRUNK, 3, {"cohort": {"mode": "greedy"}}, exact=False),
     "greedy, 4 in flight": Case(TRUNK, 3, {"cohort": {"mode": "greedy", "in_flight": 4}}, exact=False),
     "per-client adapters, LoRA": Case(TRUNK, 3, {"cohort": {"adapters": "per_client"}}, Lora(r=4), exact=False),
+    "per-client prefixes": Case(
+        ALL, 3, {"cohort": {"adapters": "per_client"}}, Prefix(num_virtual_tokens=5), exact=False
+    ),
     "bfloat16 trunk, LoRA": Case(TRUNK, 3, {"training": {"trunk_dtype": "bfloat16"}}, Lora(r=4), exact=False),
     **{
         f"{name} on the wire": Case(TRUNK, 3, {"wire": {"hidden": name, "gradient": name}}, exact=False)

@@ -16,7 +16,7 @@ from shared.yaml_files import read_mapping, validated
 
 WireFormat = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 TrainedPart = Literal["head", "trunk", "tail"]
-MethodName = Literal["lora", "full", "prompt"]
+MethodName = Literal["lora", "full", "prefix", "prompt"]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -48,6 +48,24 @@ class Full(Settings):
     type: Literal["full"] = "full"
 
 
+class Prefix(Settings):
+    """Prefix tuning, P-tuning v2 (arXiv 2101.00190, 2110.07602), with peft's names: trained keys and values of
+    `num_virtual_tokens` virtual tokens in every layer, each at whoever holds the layer.
+    """
+
+    type: Literal["prefix"] = "prefix"
+    num_virtual_tokens: Annotated[int, Field(ge=1, le=4096)] = 30
+    prefix_projection: bool = False
+
+    @model_validator(mode="after")
+    def _no_projection(self) -> "Prefix":
+        if self.prefix_projection:
+            raise ValueError(
+                "prefix_projection=true makes all layers' prefixes by one network, which client and server cannot share"
+            )
+        return self
+
+
 class Prompt(Settings):
     """Prompt tuning (arXiv 2104.08691): `num_virtual_tokens` trained embeddings before each row, at the client alone.
 
@@ -58,7 +76,7 @@ class Prompt(Settings):
     num_virtual_tokens: Annotated[int, Field(ge=1, le=4096)] = 20
 
 
-Method = Annotated[Lora | Full | Prompt, Field(discriminator="type")]
+Method = Annotated[Lora | Full | Prefix | Prompt, Field(discriminator="type")]
 
 
 class Training(Settings):
@@ -151,8 +169,11 @@ class Job(Settings):
             raise ValueError("training.parts names a part twice")
         if self.cohort.needed > self.cohort.clients:
             raise ValueError("cohort.quorum is larger than cohort.clients: no round would ever begin")
-        if self.cohort.adapters == "per_client" and (self.method.type != "lora" or "trunk" not in self.training.parts):
-            raise ValueError("cohort.adapters=per_client needs method.type=lora, and trunk among training.parts")
+        own = self.method.type in ("lora", "prefix") and "trunk" in self.training.parts
+        if self.cohort.adapters == "per_client" and not own:
+            raise ValueError(
+                "cohort.adapters=per_client needs method.type=lora or prefix, and trunk among training.parts"
+            )
         accumulated = self.training.gradient_accumulation_steps
         if self.cohort.mode == "greedy" and accumulated > 1:
             raise ValueError(
@@ -177,6 +198,11 @@ class Job(Settings):
                 f"more than cohort.max_batch_tokens={self.cohort.max_batch_tokens}"
             )
         return self
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many positions come before those of every row."""
+        return self.method.num_virtual_tokens if self.method.type == "prefix" else 0
 
     @property
     def prompt_tokens(self) -> int:

@@ -140,6 +140,7 @@ class Server:
                         self.settings.max_cached_tokens,
                         context_length(checkpoint.config),
                         self.settings.max_streams_per_session,
+                        self.job.prefix_tokens,
                     )
                 ),
                 Engine(progress, waker.wake, self.settings.threads, replicas, shapes),

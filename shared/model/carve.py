@@ -35,14 +35,18 @@ class NoPositions(nn.Module):
         return torch.zeros(())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Part:
-    """Head, trunk or tail: the module, and where its blocks lie in the whole model."""
+    """Head, trunk or tail: the module, and where its blocks lie in the whole model.
+
+    `first_position`: that of a row's first token, where something is attended to before it.
+    """
 
     name: PartName
     module: Any
     family: Family
     plan: SplitPlan
+    first_position: int = 0
 
     @property
     def base(self) -> Any:
@@ -118,9 +122,10 @@ class Part:
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
-    @staticmethod
-    def _packed(lengths: Sequence[int], device: torch.device, caches: Sequence[RowCache] | None) -> dict[str, Any]:
-        positions = position_ids(lengths, device, caches)
+    def _packed(
+        self, lengths: Sequence[int], device: torch.device, caches: Sequence[RowCache] | None
+    ) -> dict[str, Any]:
+        positions = position_ids(lengths, device, caches, self.first_position)
         return {"position_ids": positions, "attention_mask": row_mask(lengths, device, caches), "use_cache": False}
 
 

@@ -15,6 +15,7 @@ from shared.model.plan import SplitPlan
 def make_trainable(part: Part, job: Job) -> None:
     """Freeze the part, then add or free what the job's method trains there. Raises JobError."""
     part.module.requires_grad_(False)
+    part.first_position = job.prefix_tokens
     if part.name in job.training.parts:
         METHODS[job.method.type](part, job)
 

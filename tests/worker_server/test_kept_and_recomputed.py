@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.tiny_models import save_tiny_model
-from shared.job import Cohort, Data, Full, Job, Lora, Method, Training
+from shared.job import Cohort, Data, Full, Job, Lora, Method, Prefix, Training
 from shared.model.carve import load_part
 from shared.model.checkpoint import Checkpoint
 from shared.model.plan import SplitPlan
@@ -18,7 +18,12 @@ from worker_server.kept import Forward, Graph, Rows, release_oldest
 from worker_server.trunk import Trunk
 
 WIDTH = 32
-METHODS: dict[str, Method] = {"full": Full(), "lora": Lora(r=4), "dropout": Lora(r=4, lora_dropout=0.5)}
+METHODS: dict[str, Method] = {
+    "full": Full(),
+    "lora": Lora(r=4),
+    "dropout": Lora(r=4, lora_dropout=0.5),
+    "prefix": Prefix(num_virtual_tokens=3),
+}
 
 
 @pytest.fixture(scope="module")

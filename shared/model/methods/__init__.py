@@ -3,14 +3,15 @@
 from collections.abc import Callable, Mapping
 
 from shared.errors import JobError
-from shared.job import Job, Prompt
+from shared.job import Job, Prefix, Prompt
 from shared.model.carve import Part
-from shared.model.methods import full, lora, prompt
+from shared.model.methods import full, lora, prefix, prompt
 
 # By `method.type`: adds, or frees, what is trained in a part whose weights are frozen, in place. May raise JobError.
 METHODS: Mapping[str, Callable[[Part, Job], None]] = {
     "lora": lora.add,
     "full": full.add,
+    "prefix": prefix.add,
     "prompt": prompt.add,
 }
 
@@ -18,8 +19,9 @@ METHODS: Mapping[str, Callable[[Part, Job], None]] = {
 def longest_row(job: Job, context: int) -> int:
     """How many tokens of its own a row may have, for a model that knows `context` positions. Raises JobError."""
     room = min(job.data.max_length, context)
-    if isinstance(job.method, Prompt):
-        room -= job.method.num_virtual_tokens
+    if isinstance(job.method, Prefix | Prompt):
+        # A prefix takes positions alone; a prompt's tokens are tokens of the row.
+        room = min(job.data.max_length - job.prompt_tokens, context - job.method.num_virtual_tokens)
         if room < 2:
             raise JobError(
                 f"method.num_virtual_tokens={job.method.num_virtual_tokens} leaves no room for rows: the model's "

@@ -11,7 +11,7 @@ from benchmarks.plain import load_plain
 from benchmarks.tiny_models import VOCABULARY, save_tiny_model
 from launcher.whole_models import with_method
 from shared.errors import JobError
-from shared.job import Job, Method, Prompt, Training, parse_job
+from shared.job import Job, Method, Prefix, Prompt, Training, parse_job
 from shared.model.carve import Part, load_head_and_tail, load_part
 from shared.model.checkpoint import Checkpoint
 from shared.model.families import FAMILIES
@@ -26,6 +26,10 @@ LENGTHS = [9, 1, 14, 3]
 VIRTUAL = 5
 NEW_TOKENS = 4
 PROMPT = (Prompt(num_virtual_tokens=VIRTUAL), ("head",))
+PREFIX = (Prefix(num_virtual_tokens=VIRTUAL), ("head", "trunk", "tail"))
+# More than the windows of 6 tokens that some families have.
+LONG_PREFIX = (Prefix(num_virtual_tokens=8), ("head", "trunk", "tail"))
+METHODS = pytest.mark.parametrize("method", [PROMPT, PREFIX], ids=["prompt", "prefix"])
 
 
 def job_of(folder: Path, method: Method, parts: Any) -> Job:
@@ -66,9 +70,10 @@ def whole(job: Job) -> tuple[Any, dict[str, nn.Parameter]]:
     return model.eval(), parameters
 
 
+@pytest.mark.parametrize("method", [PROMPT, PREFIX, LONG_PREFIX], ids=["prompt", "prefix", "long prefix"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_the_split_model_is_pefts(family: str, tmp_path: Path) -> None:
-    job = job_of(save_tiny_model(family, tmp_path), *PROMPT)
+def test_the_split_model_is_pefts(family: str, method: Any, tmp_path: Path) -> None:
+    job = job_of(save_tiny_model(family, tmp_path), *method)
     parts = parts_of(job)
     mine = trained(parts)
     model, theirs = whole(job)
@@ -84,10 +89,11 @@ def test_the_split_model_is_pefts(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-6)
 
 
+@METHODS
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
 @torch.no_grad()
-def test_rows_go_on_with_caches_as_without(family: str, tmp_path: Path) -> None:
-    job = job_of(save_tiny_model(family, tmp_path), *PROMPT)
+def test_rows_go_on_with_caches_as_without(family: str, method: Any, tmp_path: Path) -> None:
+    job = job_of(save_tiny_model(family, tmp_path), *method)
     head, trunk, tail = parts_of(job)
     model, _ = whole(job)
     caches = [[RowCache() for _ in LENGTHS] for _ in range(3)]
@@ -110,21 +116,21 @@ def pack_ids(texts: list[list[int]], job: Job) -> Tensor:
     return pack_rows([Row(tuple(row), (True,) * len(row)) for row in texts], job.prompt_tokens).input_ids
 
 
-def test_the_server_knows_what_an_update_must_hold(tmp_path: Path) -> None:
-    job = job_of(save_tiny_model("llama", tmp_path, tied=True), *PROMPT)
+@METHODS
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neo"])
+def test_the_server_knows_what_an_update_must_hold(family: str, method: Any, tmp_path: Path) -> None:
+    job = job_of(save_tiny_model(family, tmp_path, tied=True), *method)
     head, _, tail = parts_of(job)
     shapes = {name: tuple(p.shape) for name, p in trained([head, tail]).items()}
     assert update_shapes(Checkpoint(job.model_name_or_path).config, head.plan, job) == shapes
-    assert shapes == {"model.embed_tokens.prompt": (VIRTUAL, 32)}
+    assert len(shapes) == (1 if job.prompt_tokens else 4)
 
 
-def test_another_seed_begins_elsewhere(tmp_path: Path) -> None:
-    folder = save_tiny_model("llama", tmp_path)
-    first = trained(parts_of(job_of(folder, *PROMPT)))
-    again = trained(parts_of(job_of(folder, *PROMPT)))
-    other = trained(
-        parts_of(job_of(folder, *PROMPT).model_copy(update={"training": Training(parts=("head",), seed=8)}))
-    )
+@METHODS
+def test_another_seed_begins_elsewhere(method: Any, tmp_path: Path) -> None:
+    job = job_of(save_tiny_model("llama", tmp_path), *method)
+    first, again = trained(parts_of(job)), trained(parts_of(job))
+    other = trained(parts_of(job.model_copy(update={"training": Training(parts=method[1], seed=8)})))
     for name, value in first.items():
         assert torch.equal(value, again[name])
         assert not torch.equal(value, other[name])
@@ -153,7 +159,7 @@ PROMPT_JOB = {
     [
         ({"training": {}}, r"training\.parts=\['head', 'trunk', 'tail'\] must be \[head\]"),
         ({"training": {"parts": ["trunk"]}}, r"training\.parts=\['trunk'\] must be \[head\]"),
-        ({"cohort": {"adapters": "per_client"}}, r"cohort\.adapters=per_client needs method\.type=lora"),
+        ({"cohort": {"adapters": "per_client"}}, r"cohort\.adapters=per_client needs method\.type=lora or prefix"),
         ({"data": {"max_length": 21}}, r"method\.num_virtual_tokens=20 leaves no room for rows in data\.max_length=21"),
     ],
 )
@@ -169,3 +175,31 @@ def test_rows_are_cut_where_virtual_tokens_need_the_room() -> None:
     assert longest_row(job, 22) == 2
     with pytest.raises(JobError, match=r"method\.num_virtual_tokens=20 leaves no room.*context is 21 tokens"):
         longest_row(job, 21)
+
+
+def test_layers_begin_with_values_of_their_own(tmp_path: Path) -> None:
+    values = list(trained(parts_of(job_of(save_tiny_model("llama", tmp_path), *PREFIX))).values())
+    assert len(values) == 8
+    assert len({float(value.detach()[0, 0, 0]) for value in values}) == 8
+    assert torch.cat([value.detach().flatten() for value in values]).std() == pytest.approx(1, abs=0.1)
+
+
+def test_parts_that_are_not_trained_have_no_prefix_but_the_same_positions(tmp_path: Path) -> None:
+    job = job_of(save_tiny_model("llama", tmp_path), PREFIX[0], ("trunk",))
+    parts = parts_of(job)
+    assert {name.split(".")[2] for name in trained(parts)} == {"1", "2"}
+    assert [part.first_position for part in parts] == [VIRTUAL] * 3
+
+
+def test_a_prefix_takes_positions_and_no_tokens() -> None:
+    values = {"model_name_or_path": "m", "method": {"type": "prefix"}, "data": {"max_length": 24}}
+    job = parse_job(values, "job.yaml")
+    assert (longest_row(job, 64), longest_row(job, 50), longest_row(job, 32)) == (24, 20, 2)
+    with pytest.raises(JobError, match=r"method\.num_virtual_tokens=30 leaves no room.*context is 31 tokens"):
+        longest_row(job, 31)
+
+
+def test_a_projection_is_refused_with_the_reason() -> None:
+    method = {"type": "prefix", "prefix_projection": True}
+    with pytest.raises(JobError, match=r"prefix_projection=true.*client and server cannot share"):
+        parse_job({"model_name_or_path": "m", "method": method}, "job.yaml")
