@@ -85,6 +85,8 @@ FOUR_UNDER_WAY = {"training": {"gradient_accumulation_steps": 4}, "cohort": {"in
 CASES = {"everything": Case(ALL, 1), "trunk": Case(TRUNK, 3)}
 MODES = {
     "LoRA": Case(ALL, 1, method=Lora(r=4)),
+    "rsLoRA": Case(ALL, 1, method=Lora(r=4, use_rslora=True)),
+    "DoRA": Case(ALL, 1, method=Lora(r=4, use_dora=True)),
     "prefix": Case(ALL, 1, method=Prefix(num_virtual_tokens=5)),
     "prompt": Case(HEAD, 1, method=Prompt(num_virtual_tokens=5)),
     "4 micro-batches in flight, everything": Case(ALL, 1, FOUR_UNDER_WAY),
@@ -94,6 +96,9 @@ MODES = {
     "greedy": Case(TRUNK, 3, {"cohort": {"mode": "greedy"}}, exact=False),
     "greedy, 4 in flight": Case(TRUNK, 3, {"cohort": {"mode": "greedy", "in_flight": 4}}, exact=False),
     "per-client adapters, LoRA": Case(TRUNK, 3, {"cohort": {"adapters": "per_client"}}, Lora(r=4), exact=False),
+    "per-client adapters, rsLoRA": Case(
+        TRUNK, 3, {"cohort": {"adapters": "per_client"}}, Lora(r=4, use_rslora=True), exact=False
+    ),
     "per-client prefixes": Case(
         ALL, 3, {"cohort": {"adapters": "per_client"}}, Prefix(num_virtual_tokens=5), exact=False
     ),

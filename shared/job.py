@@ -33,12 +33,18 @@ class Split(Settings):
 
 
 class Lora(Settings):
-    """LoRA (arXiv 2106.09685) with peft's names. `target_modules: null` means the family's attention projections."""
+    """LoRA (arXiv 2106.09685) with peft's names. `target_modules: null` means the family's attention projections.
+
+    `use_rslora` scales by lora_alpha / sqrt(r) (rsLoRA, arXiv 2312.03732), `use_dora` trains magnitudes beside the
+    directions (DoRA, arXiv 2402.09353).
+    """
 
     type: Literal["lora"] = "lora"
     r: Annotated[int, Field(ge=1, le=1024)] = 8
     lora_alpha: Annotated[float, Field(gt=0)] = 16
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
     target_modules: tuple[str, ...] | None = None
 
 
@@ -173,6 +179,11 @@ class Job(Settings):
         if self.cohort.adapters == "per_client" and not own:
             raise ValueError(
                 "cohort.adapters=per_client needs method.type=lora or prefix, and trunk among training.parts"
+            )
+        if self.cohort.adapters == "per_client" and self.method.type == "lora" and self.method.use_dora:
+            raise ValueError(
+                "method.use_dora divides by the norm of each client's whole adapted weight, which "
+                "cohort.adapters=per_client never builds: use shared adapters, or LoRA without use_dora"
             )
         accumulated = self.training.gradient_accumulation_steps
         if self.cohort.mode == "greedy" and accumulated > 1:

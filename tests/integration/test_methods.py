@@ -20,7 +20,7 @@ from worker_server.server import Server
 from worker_server.settings import ServerSettings
 
 WAIT_S = 60.0
-METHODS = ["prompt", "prefix", "per-client prefixes"]
+METHODS = ["prompt", "prefix", "per-client prefixes", "rsLoRA", "DoRA"]
 
 
 class Interrupted(Exception):

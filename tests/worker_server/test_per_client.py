@@ -105,7 +105,15 @@ def close(actual: Tensor | None, expected: Tensor | None) -> None:
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("llama", {}), ("gpt2", {}), ("phi3", {}), ("llama", PREFIX), ("gpt2", PREFIX), ("mistral", PREFIX)],
+    [
+        ("llama", {}),
+        ("gpt2", {}),
+        ("phi3", {}),
+        ("llama", {"use_rslora": True}),
+        ("llama", PREFIX),
+        ("gpt2", PREFIX),
+        ("mistral", PREFIX),
+    ],
 )
 def test_a_cohort_is_a_server_for_each_client(family: str, method: dict[str, Any], tmp_path: Path) -> None:
     folder = save_tiny_model(family, tmp_path / "model")
@@ -285,6 +293,13 @@ def test_a_job_that_contradicts_itself_is_refused(contradiction: dict[str, Any])
     parse_job(values, "job.yaml")
     with pytest.raises(JobError, match=r"cohort\.adapters=per_client needs method\.type=lora or prefix, and trunk"):
         parse_job(values | contradiction, "job.yaml")
+
+
+def test_dora_is_refused_with_the_reason() -> None:
+    values = {"model_name_or_path": "m", "cohort": {"adapters": "per_client"}, "method": {"type": "lora"}}
+    parse_job(values, "job.yaml")
+    with pytest.raises(JobError, match=r"method\.use_dora divides by the norm.*cohort\.adapters=per_client"):
+        parse_job(values | {"method": {"type": "lora", "use_dora": True}}, "job.yaml")
 
 
 @settings(deadline=None, max_examples=50)

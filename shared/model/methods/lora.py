@@ -1,5 +1,8 @@
 """LoRA: low-rank updates beside frozen weights (arXiv 2106.09685, section 4.1), from peft.
 
+So are its variants: rsLoRA (arXiv 2312.03732, section 3: another factor) and DoRA (arXiv 2402.09353, section 4: the
+weights' magnitudes are trained too, and begin as they are).
+
 Its A matrices are drawn per tensor from the job's seed and the tensor's name in the whole model, so that every client
 starts from the same adapters, and a split model from the same as the whole one.
 """
@@ -33,6 +36,8 @@ def add_lora(module: nn.Module, lora: Lora, default_targets: tuple[str, ...]) ->
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
         target_modules=list(lora.target_modules or default_targets),
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in module.modules()),  # GPT-2 keeps weights transposed
     )
