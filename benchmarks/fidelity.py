@@ -23,9 +23,9 @@ from benchmarks.reporting import Goal, parser, publish
 from benchmarks.tiny_models import VOCABULARY, save_tiny_model, save_word_tokenizer
 from launcher import local_run
 from launcher.in_process import Outcome, Site, train_in_process, trunk_tensors
-from launcher.whole_models import with_method
+from launcher.whole_models import drawn_whole, with_method
 from shared.job import Cohort, Full, Job, Lora, Method, Prefix, Prompt, Rounds, Split, Training, Wire
-from shared.model.checkpoint import Checkpoint
+from shared.model.checkpoint import SINGLE, Checkpoint
 from shared.model.families import FAMILIES
 from shared.model.plan import PartName
 from worker_client.batches import batch_indices
@@ -85,6 +85,7 @@ FOUR_UNDER_WAY = {"training": {"gradient_accumulation_steps": 4}, "cohort": {"in
 CASES = {"everything": Case(ALL, 1), "trunk": Case(TRUNK, 3)}
 MODES = {
     "LoRA": Case(ALL, 1, method=Lora(r=4)),
+    "from scratch": Case(ALL, 1, {"training": {"from_scratch": True}}),
     "rsLoRA": Case(ALL, 1, method=Lora(r=4, use_rslora=True)),
     "DoRA": Case(ALL, 1, method=Lora(r=4, use_dora=True)),
     "prefix": Case(ALL, 1, method=Prefix(num_virtual_tokens=5)),
@@ -130,6 +131,8 @@ def compare(family: str, name: str, folder: Path) -> Comparison:
     model = save_tiny_model(family, folder / "model")
     case = (CASES | MODES)[name]
     job = make_job(model, case)
+    if job.training.from_scratch:
+        (model / SINGLE).unlink()
     rows = {f"client-{seed}": random_rows(10, seed) for seed in range(case.clients)}
     outcomes = train_in_process(
         job, {client: Site(mine) for client, mine in rows.items()}, folder / "split", **case.settings.get("server", {})
@@ -210,7 +213,7 @@ def difference(
     losses: Sequence[float],
     trained: Mapping[str, Tensor],
 ) -> Comparison:
-    model = load_plain(job.model_name_or_path)
+    model = drawn_whole(job) if job.training.from_scratch else load_plain(job.model_name_or_path)
     blocks = model.config.num_hidden_layers
     model, by_name = with_method(model, job, FAMILIES[family])
     model.requires_grad_(False)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from launcher.whole_models import with_method
+from launcher.whole_models import drawn_whole, with_method
 from shared.job import Job
-from shared.model.checkpoint import Checkpoint
 from shared.model.families import family_of
 from shared.model.optimizer import PartOptimizer
 from worker_client.batches import Batch, batch_indices, pack_rows
@@ -65,9 +64,11 @@ def train_whole(
 
 def load_whole(job: Job) -> Any:
     """The whole model, trainable as the job says, from where the split model starts."""
-    checkpoint = Checkpoint(job.model_name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(job.model_name_or_path, dtype=torch.float32)
-    return with_method(model, job, family_of(checkpoint.config))[0]
+    if job.training.from_scratch:
+        model = drawn_whole(job)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(job.model_name_or_path, dtype=torch.float32)
+    return with_method(model, job, family_of(model.config))[0]
 
 
 def padded_logits(model: nn.Module, rows: Sequence[Row], batch: Batch) -> Tensor:

@@ -9,12 +9,25 @@ from typing import Any
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from shared.errors import JobError
 from shared.job import Full, Job, Lora, Prefix, Prompt
+from shared.model.checkpoint import checkpoint_of
+from shared.model.draws import draw_weights
 from shared.model.families import Family
 from shared.model.methods import prefix, prompt
 from shared.model.methods.lora import add_lora, reseed_lora
+
+
+def drawn_whole(job: Job) -> Any:
+    """A model of transformers, with the weights that the parts of a job from scratch draw."""
+    config = checkpoint_of(job).config
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    names = [name for name, _ in model.named_parameters()]
+    draw_weights(model, model, {name: name for name in names}, job.training.seed)
+    model.tie_weights()
+    return model
 
 
 def with_method(model: Any, job: Job, family: Family) -> tuple[Any, dict[str, nn.Parameter]]:

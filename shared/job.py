@@ -88,7 +88,8 @@ Method = Annotated[Lora | Full | Prefix | Prompt, Field(discriminator="type")]
 class Training(Settings):
     """Each party's optimizer: AdamW (arXiv 1711.05101), a schedule over all steps, clipping by the norm of the part.
 
-    A step is `gradient_accumulation_steps` batches. `trunk_dtype` is that of the trunk's frozen weights; what is
+    `from_scratch`: the model's configuration and tokenizer are used, its weights are drawn from `seed`, everywhere the
+    same. A step is `gradient_accumulation_steps` batches. `trunk_dtype` is that of the trunk's frozen weights; what is
     trained, optimizers and reductions are float32 always.
     """
 
@@ -105,6 +106,7 @@ class Training(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     parts: Annotated[tuple[TrainedPart, ...], Field(min_length=1)] = ("head", "trunk", "tail")
     trunk_dtype: Literal["float32", "bfloat16"] = "float32"
+    from_scratch: bool = False
 
 
 class Data(Settings):
@@ -200,6 +202,12 @@ class Job(Settings):
             raise ValueError(
                 f"training.trunk_dtype={self.training.trunk_dtype} is for frozen weights; method.type=full trains them"
             )
+        everything = self.method.type == "full" and len(self.training.parts) == 3
+        if self.training.from_scratch and not everything:
+            raise ValueError(
+                "training.from_scratch=true begins with random weights: it needs method.type=full and all three of "
+                "training.parts"
+            )
         if self.method.type == "prompt":
             _check_prompt(self.method, self.training, self.data)
         batch_tokens = self.training.per_device_train_batch_size * self.data.max_length
@@ -209,6 +217,11 @@ class Job(Settings):
                 f"more than cohort.max_batch_tokens={self.cohort.max_batch_tokens}"
             )
         return self
+
+    @property
+    def drawn_from(self) -> int | None:
+        """The seed that the model's weights are drawn from; None where they are read."""
+        return self.training.seed if self.training.from_scratch else None
 
     @property
     def prefix_tokens(self) -> int:

@@ -16,7 +16,7 @@ from shared.errors import ConnectionFailed, HandshakeError, ModelError, Refused
 from shared.identity import Identity
 from shared.invitations import Invitation
 from shared.job import Job, parse_job
-from shared.model.checkpoint import Checkpoint, Fingerprint
+from shared.model.checkpoint import Checkpoint, Fingerprint, checkpoint_of
 from shared.model.families import context_length
 from shared.model.methods import longest_row
 from shared.payload.messages import Welcome
@@ -121,7 +121,7 @@ def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, repor
     welcome = link.welcome.result().message
     job = agreed_job(welcome, invitation)
     check_job(settings.policy, job)
-    checkpoint = Checkpoint(settings.model or job.model_name_or_path)
+    checkpoint = checkpoint_of(job, settings.model)
     check_same_model(checkpoint, welcome)
     rows, validation, loaded = _rows(settings, job, checkpoint)
     report(

@@ -12,7 +12,7 @@ from launcher.in_process import Background, Outcome, Serving, Site, serving, tra
 from shared.errors import JobError
 from shared.identity import generate_identity
 from shared.job import Job
-from shared.model.checkpoint import Checkpoint
+from shared.model.checkpoint import SINGLE, checkpoint_of
 from worker_client.head_tail import load_client_parts
 from worker_client.remote_trunk import RemoteTrunk
 from worker_client.training import Training
@@ -20,7 +20,7 @@ from worker_server.server import Server
 from worker_server.settings import ServerSettings
 
 WAIT_S = 60.0
-METHODS = ["prompt", "prefix", "per-client prefixes", "rsLoRA", "DoRA"]
+METHODS = ["prompt", "prefix", "per-client prefixes", "rsLoRA", "DoRA", "from scratch"]
 
 
 class Interrupted(Exception):
@@ -32,6 +32,13 @@ def job_of(model: Path, name: str) -> Job:
     mode = MODES[name]
     job = make_job(model, Case(mode.parts, 2, mode.settings, mode.method))
     return job.model_copy(update={"rounds": job.rounds.model_copy(update={"count": 3, "local_steps": 2})})
+
+
+def model_of(method: str, folder: Path) -> Path:
+    model = save_tiny_model("llama", folder / "model")
+    if method == "from scratch":
+        (model / SINGLE).unlink()
+    return model
 
 
 def sites() -> dict[str, Site]:
@@ -50,7 +57,7 @@ def run_until(running: Serving, name: str, site: Site, folder: Path, stop_at: in
         if event["event"] == "step" and event["step"] == stop_at:
             raise Interrupted
 
-    parts = load_client_parts(Checkpoint(running.job.model_name_or_path), running.job)
+    parts = load_client_parts(checkpoint_of(running.job), running.job)
     with running.link(name) as link:
         trunk = RemoteTrunk(link, running.job, WAIT_S)
         Training(running.job, parts, trunk, site.train, site.validation, folder / name, report).run()
@@ -58,7 +65,7 @@ def run_until(running: Serving, name: str, site: Site, folder: Path, stop_at: in
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_interrupted_run_ends_bit_equal(method: str, tmp_path: Path) -> None:
-    job = job_of(save_tiny_model("llama", tmp_path / "model"), method)
+    job = job_of(model_of(method, tmp_path), method)
     outcomes = train_in_process(job, sites(), tmp_path / "whole")
     whole = results(tmp_path / "whole", outcomes)
     scores = [event["loss"] for event in outcomes["a"].events if event["event"] == "evaluation"]
