@@ -23,11 +23,11 @@ from benchmarks.reporting import Goal, parser, publish
 from benchmarks.tiny_models import VOCABULARY, save_tiny_model, save_word_tokenizer
 from launcher import local_run
 from launcher.in_process import Outcome, Site, train_in_process, trunk_tensors
-from shared.job import Cohort, Full, Job, Lora, Method, Rounds, Split, Training, Wire
-from shared.model.checkpoint import Checkpoint
+from launcher.whole_models import drawn_whole, with_method
+from shared.job import Cohort, Full, Job, Lora, Method, Prefix, Prompt, Rounds, Split, Training, Wire
+from shared.model.checkpoint import SINGLE, Checkpoint
 from shared.model.families import FAMILIES
 from shared.model.plan import PartName
-from shared.model.trainable import add_lora, reseed_lora
 from worker_client.batches import batch_indices
 from worker_client.client import load_tokenizer
 from worker_client.data import Row, load_rows
@@ -80,10 +80,16 @@ class Case:
 
 ALL: tuple[PartName, ...] = ("head", "trunk", "tail")
 TRUNK: tuple[PartName, ...] = ("trunk",)
+HEAD: tuple[PartName, ...] = ("head",)
 FOUR_UNDER_WAY = {"training": {"gradient_accumulation_steps": 4}, "cohort": {"in_flight": 4}}
 CASES = {"everything": Case(ALL, 1), "trunk": Case(TRUNK, 3)}
 MODES = {
     "LoRA": Case(ALL, 1, method=Lora(r=4)),
+    "from scratch": Case(ALL, 1, {"training": {"from_scratch": True}}),
+    "rsLoRA": Case(ALL, 1, method=Lora(r=4, use_rslora=True)),
+    "DoRA": Case(ALL, 1, method=Lora(r=4, use_dora=True)),
+    "prefix": Case(ALL, 1, method=Prefix(num_virtual_tokens=5)),
+    "prompt": Case(HEAD, 1, method=Prompt(num_virtual_tokens=5)),
     "4 micro-batches in flight, everything": Case(ALL, 1, FOUR_UNDER_WAY),
     "4 micro-batches in flight, trunk": Case(TRUNK, 3, FOUR_UNDER_WAY),
     "graphs computed again": Case(TRUNK, 3, {"server": {"max_kept_tokens": 0}}),
@@ -91,6 +97,12 @@ MODES = {
     "greedy": Case(TRUNK, 3, {"cohort": {"mode": "greedy"}}, exact=False),
     "greedy, 4 in flight": Case(TRUNK, 3, {"cohort": {"mode": "greedy", "in_flight": 4}}, exact=False),
     "per-client adapters, LoRA": Case(TRUNK, 3, {"cohort": {"adapters": "per_client"}}, Lora(r=4), exact=False),
+    "per-client adapters, rsLoRA": Case(
+        TRUNK, 3, {"cohort": {"adapters": "per_client"}}, Lora(r=4, use_rslora=True), exact=False
+    ),
+    "per-client prefixes": Case(
+        ALL, 3, {"cohort": {"adapters": "per_client"}}, Prefix(num_virtual_tokens=5), exact=False
+    ),
     "bfloat16 trunk, LoRA": Case(TRUNK, 3, {"training": {"trunk_dtype": "bfloat16"}}, Lora(r=4), exact=False),
     **{
         f"{name} on the wire": Case(TRUNK, 3, {"wire": {"hidden": name, "gradient": name}}, exact=False)
@@ -119,6 +131,8 @@ def compare(family: str, name: str, folder: Path) -> Comparison:
     model = save_tiny_model(family, folder / "model")
     case = (CASES | MODES)[name]
     job = make_job(model, case)
+    if job.training.from_scratch:
+        (model / SINGLE).unlink()
     rows = {f"client-{seed}": random_rows(10, seed) for seed in range(case.clients)}
     outcomes = train_in_process(
         job, {client: Site(mine) for client, mine in rows.items()}, folder / "split", **case.settings.get("server", {})
@@ -199,15 +213,11 @@ def difference(
     losses: Sequence[float],
     trained: Mapping[str, Tensor],
 ) -> Comparison:
-    model = load_plain(job.model_name_or_path)
-    if isinstance(job.method, Lora):
-        add_lora(model, job.method, FAMILIES[family].lora_targets)
-        reseed_lora(model.named_parameters(), job.training.seed)
-    by_name = dict(model.named_parameters())
+    model = drawn_whole(job) if job.training.from_scratch else load_plain(job.model_name_or_path)
+    blocks = model.config.num_hidden_layers
+    model, by_name = with_method(model, job, FAMILIES[family])
     model.requires_grad_(False)
-    trunk = {
-        name for name in trained if name in by_name and _block(name) in range(1, model.config.num_hidden_layers - 1)
-    }
+    trunk = {name for name in trained if _block(name) in range(1, blocks - 1)}
     groups = [[by_name[n] for n in trained if n not in trunk], [by_name[n] for n in trained if n in trunk]]
     groups = [group for group in groups if group]
     for group in groups:

@@ -17,8 +17,8 @@ def load_plain(path: str) -> Any:
 
 
 def row_logits(model: Any, row: Row) -> Tensor:
-    """(n, vocabulary) logits of one row, unpadded."""
-    logits: Tensor = model(input_ids=torch.tensor([row.input_ids])).logits[0]
+    """(n, vocabulary) logits of one row, unpadded; not those of virtual tokens that peft puts before it."""
+    logits: Tensor = model(input_ids=torch.tensor([row.input_ids])).logits[0, -len(row.input_ids) :]
     return logits
 
 

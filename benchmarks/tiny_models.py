@@ -32,6 +32,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "window_size": 6,
         "max_position_embeddings": 64,
     },
+    "gpt_neox": {name: value for name, value in _LLAMA_LIKE.items() if name not in ("num_key_value_heads", "head_dim")},
     "mistral": _LLAMA_LIKE | _WINDOW,
     "gemma2": _LLAMA_LIKE | _WINDOW,
     "gemma3_text": _LLAMA_LIKE | _WINDOW,

@@ -23,7 +23,7 @@ from benchmarks.reporting import Goal, parser, publish
 from benchmarks.shared_data import shared_file
 from launcher.in_process import Background, Serving, Site, serving
 from shared.job import Cohort, Data, Full, Job, Rounds, Training, Wire, WireFormat
-from shared.model.checkpoint import Checkpoint
+from shared.model.checkpoint import Checkpoint, checkpoint_of
 from shared.wire.connection import BrokerConnection
 from worker_client import training
 from worker_client.client import load_tokenizer
@@ -121,7 +121,7 @@ def measure(job: Job, sites: Mapping[str, Site], folder: Path) -> Measured:
     measured = Measured()
 
     def run(running: Serving, name: str, site: Site) -> None:
-        parts = load_client_parts(Checkpoint(job.model_name_or_path), job)
+        parts = load_client_parts(checkpoint_of(job), job)
         with running.link(name) as link:
             meter = Meter(link.connection)
             events: list[dict[str, Any]] = []

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from shared.job import Job, Lora
-from shared.model.checkpoint import Checkpoint
+from launcher.whole_models import drawn_whole, with_method
+from shared.job import Job
 from shared.model.families import family_of
 from shared.model.optimizer import PartOptimizer
-from shared.model.trainable import add_lora, reseed_lora
 from worker_client.batches import Batch, batch_indices, pack_rows
 from worker_client.data import Row
 from worker_client.head_tail import NO_SCORE, Score, score_logits
@@ -64,16 +63,12 @@ def train_whole(
 
 
 def load_whole(job: Job) -> Any:
-    """The whole model, trainable as the job says, with the LoRA that the split model starts from."""
-    checkpoint = Checkpoint(job.model_name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(job.model_name_or_path, dtype=torch.float32)
-    model.requires_grad_(False)
-    if isinstance(job.method, Lora):
-        add_lora(model, job.method, family_of(checkpoint.config).lora_targets)
-        reseed_lora(model.named_parameters(), job.training.seed)
+    """The whole model, trainable as the job says, from where the split model starts."""
+    if job.training.from_scratch:
+        model = drawn_whole(job)
     else:
-        model.requires_grad_(True)
-    return model
+        model = AutoModelForCausalLM.from_pretrained(job.model_name_or_path, dtype=torch.float32)
+    return with_method(model, job, family_of(model.config))[0]
 
 
 def padded_logits(model: nn.Module, rows: Sequence[Row], batch: Batch) -> Tensor:
@@ -84,7 +79,8 @@ def padded_logits(model: nn.Module, rows: Sequence[Row], batch: Batch) -> Tensor
     mask = torch.arange(longest) < lengths[:, None]
     ids[mask] = batch.input_ids
     hidden_at = torch.nonzero(mask.flatten()).flatten()[batch.at]
-    logits: Tensor = model(input_ids=ids, attention_mask=mask.long()).logits
+    # Before them come those of virtual tokens, where there are any.
+    logits: Tensor = model(input_ids=ids, attention_mask=mask.long()).logits[:, -longest:]
     return logits.flatten(0, 1)[hidden_at]
 
 

@@ -21,8 +21,9 @@ from launcher.output import Format, emit
 from launcher.report import ClientQuality, Curve, Process, Quality, Report, summary_table, write_report
 from shared.errors import DataError, JobError
 from shared.job import Job, load_job
-from shared.model.checkpoint import Checkpoint
+from shared.model.checkpoint import checkpoint_of
 from shared.model.families import context_length
+from shared.model.methods import longest_row
 from shared.model.plan import SplitPlan
 from worker_client.client import load_tokenizer
 from worker_client.data import Row, load_rows, split_validation
@@ -90,7 +91,7 @@ def _prepare(settings: DemoSettings) -> tuple[Job, list[Site]]:
         sites = _sites(settings.data)
         job = _with(settings, real_job(settings.model, len(sites), settings.seed))
     plan = job.split
-    SplitPlan(plan.head_blocks, plan.tail_blocks, Checkpoint(job.model_name_or_path).config.num_hidden_layers)
+    SplitPlan(plan.head_blocks, plan.tail_blocks, checkpoint_of(job).config.num_hidden_layers)
     return job, sites
 
 
@@ -127,9 +128,9 @@ def _if_there(path: Path) -> Path | None:
 
 def _all_rows(job: Job, sites: list[Site]) -> dict[str, tuple[tuple[Row, ...], tuple[Row, ...]]]:
     """Training and validation rows by site, as the clients will see them. Raises DataError."""
-    checkpoint = Checkpoint(job.model_name_or_path)
+    checkpoint = checkpoint_of(job)
     tokenizer = load_tokenizer(checkpoint)
-    limit = min(job.data.max_length, context_length(checkpoint.config))
+    limit = longest_row(job, context_length(checkpoint.config))
     rows: dict[str, tuple[tuple[Row, ...], tuple[Row, ...]]] = {}
     for site in sites:
         train = load_rows(site.train, tokenizer, max_length=limit, too_long=job.data.too_long).rows

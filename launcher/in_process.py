@@ -20,7 +20,7 @@ from shared import state_files
 from shared.errors import DeadlineExceeded
 from shared.identity import Identity, generate_identity
 from shared.job import Job
-from shared.model.checkpoint import Checkpoint
+from shared.model.checkpoint import checkpoint_of
 from shared.wire.curve import Door
 from worker_client.data import Row
 from worker_client.head_tail import HeadTail, load_client_parts
@@ -132,7 +132,7 @@ def serving(
 def train_one(running: Serving, name: str, site: Site, folder: Path) -> Outcome:
     """The admitted client `name` to the end of the job."""
     events: list[dict[str, Any]] = []
-    parts = load_client_parts(Checkpoint(running.job.model_name_or_path), running.job)
+    parts = load_client_parts(checkpoint_of(running.job), running.job)
     with running.link(name) as link:
         trunk = RemoteTrunk(link, running.job, JOIN_S)
         Training(running.job, parts, trunk, site.train, site.validation, folder / name, events.append).run()

@@ -16,6 +16,7 @@ from shared.yaml_files import read_mapping, validated
 
 WireFormat = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 TrainedPart = Literal["head", "trunk", "tail"]
+MethodName = Literal["lora", "full", "prefix", "prompt"]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -32,12 +33,18 @@ class Split(Settings):
 
 
 class Lora(Settings):
-    """LoRA (arXiv 2106.09685) with peft's names. `target_modules: null` means the family's attention projections."""
+    """LoRA (arXiv 2106.09685) with peft's names. `target_modules: null` means the family's attention projections.
+
+    `use_rslora` scales by lora_alpha / sqrt(r) (rsLoRA, arXiv 2312.03732), `use_dora` trains magnitudes beside the
+    directions (DoRA, arXiv 2402.09353).
+    """
 
     type: Literal["lora"] = "lora"
     r: Annotated[int, Field(ge=1, le=1024)] = 8
     lora_alpha: Annotated[float, Field(gt=0)] = 16
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
     target_modules: tuple[str, ...] | None = None
 
 
@@ -47,13 +54,42 @@ class Full(Settings):
     type: Literal["full"] = "full"
 
 
-Method = Annotated[Lora | Full, Field(discriminator="type")]
+class Prefix(Settings):
+    """Prefix tuning, P-tuning v2 (arXiv 2101.00190, 2110.07602), with peft's names: trained keys and values of
+    `num_virtual_tokens` virtual tokens in every layer, each at whoever holds the layer.
+    """
+
+    type: Literal["prefix"] = "prefix"
+    num_virtual_tokens: Annotated[int, Field(ge=1, le=4096)] = 30
+    prefix_projection: bool = False
+
+    @model_validator(mode="after")
+    def _no_projection(self) -> "Prefix":
+        if self.prefix_projection:
+            raise ValueError(
+                "prefix_projection=true makes all layers' prefixes by one network, which client and server cannot share"
+            )
+        return self
+
+
+class Prompt(Settings):
+    """Prompt tuning (arXiv 2104.08691): `num_virtual_tokens` trained embeddings before each row, at the client alone.
+
+    Rows of `data.max_length` tokens have them in it.
+    """
+
+    type: Literal["prompt"] = "prompt"
+    num_virtual_tokens: Annotated[int, Field(ge=1, le=4096)] = 20
+
+
+Method = Annotated[Lora | Full | Prefix | Prompt, Field(discriminator="type")]
 
 
 class Training(Settings):
     """Each party's optimizer: AdamW (arXiv 1711.05101), a schedule over all steps, clipping by the norm of the part.
 
-    A step is `gradient_accumulation_steps` batches. `trunk_dtype` is that of the trunk's frozen weights; what is
+    `from_scratch`: the model's configuration and tokenizer are used, its weights are drawn from `seed`, everywhere the
+    same. A step is `gradient_accumulation_steps` batches. `trunk_dtype` is that of the trunk's frozen weights; what is
     trained, optimizers and reductions are float32 always.
     """
 
@@ -70,6 +106,7 @@ class Training(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     parts: Annotated[tuple[TrainedPart, ...], Field(min_length=1)] = ("head", "trunk", "tail")
     trunk_dtype: Literal["float32", "bfloat16"] = "float32"
+    from_scratch: bool = False
 
 
 class Data(Settings):
@@ -140,8 +177,16 @@ class Job(Settings):
             raise ValueError("training.parts names a part twice")
         if self.cohort.needed > self.cohort.clients:
             raise ValueError("cohort.quorum is larger than cohort.clients: no round would ever begin")
-        if self.cohort.adapters == "per_client" and (self.method.type != "lora" or "trunk" not in self.training.parts):
-            raise ValueError("cohort.adapters=per_client needs method.type=lora, and trunk among training.parts")
+        own = self.method.type in ("lora", "prefix") and "trunk" in self.training.parts
+        if self.cohort.adapters == "per_client" and not own:
+            raise ValueError(
+                "cohort.adapters=per_client needs method.type=lora or prefix, and trunk among training.parts"
+            )
+        if self.cohort.adapters == "per_client" and self.method.type == "lora" and self.method.use_dora:
+            raise ValueError(
+                "method.use_dora divides by the norm of each client's whole adapted weight, which "
+                "cohort.adapters=per_client never builds: use shared adapters, or LoRA without use_dora"
+            )
         accumulated = self.training.gradient_accumulation_steps
         if self.cohort.mode == "greedy" and accumulated > 1:
             raise ValueError(
@@ -157,6 +202,14 @@ class Job(Settings):
             raise ValueError(
                 f"training.trunk_dtype={self.training.trunk_dtype} is for frozen weights; method.type=full trains them"
             )
+        everything = self.method.type == "full" and len(self.training.parts) == 3
+        if self.training.from_scratch and not everything:
+            raise ValueError(
+                "training.from_scratch=true begins with random weights: it needs method.type=full and all three of "
+                "training.parts"
+            )
+        if self.method.type == "prompt":
+            _check_prompt(self.method, self.training, self.data)
         batch_tokens = self.training.per_device_train_batch_size * self.data.max_length
         if batch_tokens > self.cohort.max_batch_tokens:
             raise ValueError(
@@ -164,6 +217,21 @@ class Job(Settings):
                 f"more than cohort.max_batch_tokens={self.cohort.max_batch_tokens}"
             )
         return self
+
+    @property
+    def drawn_from(self) -> int | None:
+        """The seed that the model's weights are drawn from; None where they are read."""
+        return self.training.seed if self.training.from_scratch else None
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many positions come before those of every row."""
+        return self.method.num_virtual_tokens if self.method.type == "prefix" else 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many virtual tokens come before those of every row."""
+        return self.method.num_virtual_tokens if self.method.type == "prompt" else 0
 
     @property
     def total_steps(self) -> int:
@@ -176,6 +244,19 @@ class Job(Settings):
     def digest(self) -> bytes:
         """SHA-256 of `canonical()`, 32 bytes."""
         return hashlib.sha256(self.canonical()).digest()
+
+
+def _check_prompt(method: Prompt, training: Training, data: Data) -> None:
+    if training.parts != ("head",):
+        raise ValueError(
+            f"method.type=prompt trains embeddings in the head alone: training.parts={list(training.parts)} "
+            "must be [head]"
+        )
+    if method.num_virtual_tokens + 2 > data.max_length:
+        raise ValueError(
+            f"method.num_virtual_tokens={method.num_virtual_tokens} leaves no room for rows in "
+            f"data.max_length={data.max_length}, which counts both"
+        )
 
 
 def parse_job(values: Any, source: str) -> Job:

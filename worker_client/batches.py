@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shared.model.methods.prompt import virtual_ids
 from worker_client.data import Row
 
 
@@ -29,12 +30,14 @@ class Batch:
         return len(self.targets)
 
 
-def pack_rows(rows: Sequence[Row]) -> Batch:
+def pack_rows(rows: Sequence[Row], prompt_tokens: int = 0) -> Batch:
+    """`prompt_tokens` virtual tokens come before those of each row; of them none counts."""
     ids: list[int] = []
     at: list[int] = []
     targets: list[int] = []
     owner: list[int] = []
     for index, row in enumerate(rows):
+        ids.extend(virtual_ids(prompt_tokens))
         for position in range(len(row.input_ids) - 1):
             if row.counts[position + 1]:
                 at.append(len(ids) + position)
@@ -43,7 +46,7 @@ def pack_rows(rows: Sequence[Row]) -> Batch:
         ids.extend(row.input_ids)
     return Batch(
         torch.tensor(ids),
-        tuple(len(row.input_ids) for row in rows),
+        tuple(prompt_tokens + len(row.input_ids) for row in rows),
         torch.tensor(at, dtype=torch.int64),
         torch.tensor(targets, dtype=torch.int64),
         torch.tensor(owner, dtype=torch.int64),

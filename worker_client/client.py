@@ -16,8 +16,9 @@ from shared.errors import ConnectionFailed, HandshakeError, ModelError, Refused
 from shared.identity import Identity
 from shared.invitations import Invitation
 from shared.job import Job, parse_job
-from shared.model.checkpoint import Checkpoint, Fingerprint
+from shared.model.checkpoint import Checkpoint, Fingerprint, checkpoint_of
 from shared.model.families import context_length
+from shared.model.methods import longest_row
 from shared.payload.messages import Welcome
 from worker_client.data import LoadedRows, Row, load_rows, split_validation
 from worker_client.head_tail import NO_SCORE, HeadTail, Score, load_client_parts
@@ -120,7 +121,7 @@ def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, repor
     welcome = link.welcome.result().message
     job = agreed_job(welcome, invitation)
     check_job(settings.policy, job)
-    checkpoint = Checkpoint(settings.model or job.model_name_or_path)
+    checkpoint = checkpoint_of(job, settings.model)
     check_same_model(checkpoint, welcome)
     rows, validation, loaded = _rows(settings, job, checkpoint)
     report(
@@ -169,7 +170,7 @@ def _rows(
     settings: ClientSettings, job: Job, checkpoint: Checkpoint
 ) -> tuple[tuple[Row, ...], tuple[Row, ...], LoadedRows]:
     tokenizer = load_tokenizer(checkpoint)
-    limit = min(job.data.max_length, context_length(checkpoint.config))
+    limit = longest_row(job, context_length(checkpoint.config))
 
     def load(path: Path) -> LoadedRows:
         return load_rows(path, tokenizer, max_length=limit, too_long=job.data.too_long)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from shared.model.kv_cache import RowCache
+from shared.model.methods.prompt import virtual_ids
 from worker_client.head_tail import HeadTail
 from worker_client.remote_trunk import RemoteTrunk
 
@@ -32,7 +33,8 @@ def generate(
     heads, tails = ([RowCache() for _ in prompts] for _ in range(2))
     generator = torch.Generator().manual_seed(seed)
     generated: list[list[int]] = [[] for _ in prompts]
-    rows: list[list[int]] = [list(prompt) for prompt in prompts]
+    first = virtual_ids(trunk.job.prompt_tokens)
+    rows: list[list[int]] = [[*first, *prompt] for prompt in prompts]
     stream = trunk.link.next_request()
     try:
         for _ in range(max_new_tokens):

@@ -1,14 +1,14 @@
 """What a data owner accepts, in a file of its own. A job that asks for more is refused before any data is read."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from shared.errors import Refused
 from shared.identity import key_digest
 from shared.invitations import Invitation
-from shared.job import Job
+from shared.job import Job, MethodName
 from shared.key_files import Hex32
 from shared.yaml_files import read_mapping, validated
 
@@ -27,7 +27,7 @@ class Policy(BaseModel):
 
     min_head_blocks: Blocks = 1
     min_tail_blocks: Blocks = 1
-    methods: tuple[Literal["lora", "full"], ...] | None = None
+    methods: tuple[MethodName, ...] | None = None
     servers: tuple[Hex32, ...] | None = None
     max_rows: Count | None = None
     max_rounds: Count | None = None

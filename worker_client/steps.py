@@ -92,7 +92,9 @@ class Steps:
         first = (round * self.job.rounds.local_steps + step) * count
         size, seed = training.per_device_train_batch_size, training.seed
         return [
-            pack_rows([self.rows[row] for row in batch_indices(len(self.rows), size, number, seed)])
+            pack_rows(
+                [self.rows[row] for row in batch_indices(len(self.rows), size, number, seed)], self.job.prompt_tokens
+            )
             for number in range(first, first + count)
         ]
 

@@ -75,7 +75,7 @@ class Training:
         size = self.job.training.per_device_train_batch_size
         score = NO_SCORE
         for start in range(0, len(self.validation), size):
-            batch = pack_rows(self.validation[start : start + size])
+            batch = pack_rows(self.validation[start : start + size], self.job.prompt_tokens)
             with torch.no_grad():
                 hidden = self.parts.hidden(batch)
             score += self.parts.score(self.trunk.evaluate(hidden, batch), batch)

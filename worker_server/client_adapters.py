@@ -1,8 +1,9 @@
 """The clients' own adapters: who has which, their optimizers, their average at a round's end, their state.
 
-A client's adapter is one flat vector (P,) of all its LoRA weights. It takes the gradient of that client's own mean loss
-and steps by an optimizer of its own, as if the client had a server for itself ("server-hierarchical" in the appendix of
-FL-GLM, arXiv 2406.14898). Moments and schedules stay with their clients; weights are averaged.
+A client's adapter is one flat vector (P,) of all its LoRA weights, or of its prefixes in all layers. It takes the
+gradient of that client's own mean loss and steps by an optimizer of its own, as if the client had a server for itself
+("server-hierarchical" in the appendix of FL-GLM, arXiv 2406.14898). Moments and schedules stay with their clients;
+weights are averaged.
 """
 
 import logging
@@ -13,12 +14,13 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from shared.job import Job
+from shared.job import Job, Prefix
 from shared.logs import event
 from shared.model.carve import Part
 from shared.model.optimizer import PartOptimizer
 from worker_server.aggregation import weighted_mean
-from worker_server.per_client import Routing, take_adapters, tiling
+from worker_server.per_client import Routing, take_adapters
+from worker_server.per_client_prefix import take_prefixes
 
 VECTOR = "adapter"
 
@@ -35,12 +37,13 @@ class ClientAdapters:
     """Adapters of up to `cohort.clients` clients, by name; who is new begins with the last average, (P,) float32."""
 
     def __init__(self, part: Part, job: Job) -> None:
-        """Takes peft's layers out of `part`. Raises JobError where they are of another kind than linear."""
+        """Takes peft's layers, or the prefixes, out of `part`. Raises JobError for layers other than linear ones."""
         self.training = job.training
         self.total_steps = job.total_steps
         self.limit = job.cohort.clients
         self.routing = Routing()
-        first = take_adapters(part, self.routing)
+        take = take_prefixes if isinstance(job.method, Prefix) else take_adapters
+        first = take(part, self.routing)
         self.shapes = {name: value.shape for name, value in first.items()}
         self.average = torch.cat([value.flatten() for value in first.values()])
         self.clients: dict[str, ClientAdapter] = {}
@@ -67,10 +70,10 @@ class ClientAdapters:
             [self.clients[name].vector.detach() if name in self.clients else self.average for name in names]
         )
 
-    def route(self, weights: Tensor, tokens: Sequence[int]) -> None:
-        """Let the next forward's `tokens` tokens of each client in turn go through its row of `weights` (c, P)."""
+    def route(self, weights: Tensor, lengths: Sequence[Sequence[int]]) -> None:
+        """Let the next forward's rows, of `lengths` tokens by client, go through that client's `weights` (c, P)."""
         sizes = [prod(shape) for shape in self.shapes.values()]
-        self.routing.set(tiling(tokens, weights.device), torch.split(weights, sizes, 1))
+        self.routing.set(lengths, torch.split(weights, sizes, 1), weights.device)
 
     def step(self, gradients: Mapping[str, Tensor]) -> None:
         """One optimizer step of each client named, with its gradient (P,). One that overflows moves nothing."""

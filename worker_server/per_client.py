@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shared.errors import JobError
 from shared.model.carve import Part
-from shared.model.trainable import ADAPTER
+from shared.model.methods.lora import ADAPTER
 
 TILE = 32
 
@@ -68,15 +68,20 @@ def tiling(tokens: Sequence[int], device: torch.device | str = "cpu") -> Tiling:
 class Routing:
     """What the layers of one trunk read in a forward: whose tokens lie where, and each client's weights, by layer.
 
-    `weights`: A (c, r x in) and B (c, out x r) of each layer in turn.
+    `weights`: A (c, r x in) and B (c, out x r) of each layer in turn, or its prefix's keys and values, (c, n x G x D)
+    each. `row_owners` (rows,) int64: whose each row is.
     """
 
     def __init__(self) -> None:
         self.tiling = Tiling(0, 0)
+        self.row_owners = torch.empty(0, dtype=torch.int64)
         self.weights: tuple[Tensor, ...] = ()
 
-    def set(self, tiling: Tiling, weights: tuple[Tensor, ...]) -> None:
-        self.tiling = tiling
+    def set(self, lengths: Sequence[Sequence[int]], weights: tuple[Tensor, ...], device: torch.device) -> None:
+        """The next forward is of rows of `lengths` tokens, by client."""
+        self.tiling = tiling([sum(rows) for rows in lengths], device)
+        owners = [client for client, rows in enumerate(lengths) for _ in rows]
+        self.row_owners = torch.tensor(owners, device=device)
         self.weights = weights
 
 

@@ -12,8 +12,9 @@ from shared.errors import JobError
 from shared.identity import Identity, key_digest
 from shared.job import Job
 from shared.model.carve import load_part
-from shared.model.checkpoint import Checkpoint
+from shared.model.checkpoint import checkpoint_of
 from shared.model.families import context_length
+from shared.model.methods import longest_row
 from shared.model.plan import SplitPlan
 from shared.model.trainable import make_trainable, update_shapes
 from shared.monitoring import Health, new_registry
@@ -95,8 +96,9 @@ class Server:
 
     def run(self) -> None:
         """Raises JobError, ModelError, CheckpointError, ConnectionFailed."""
-        checkpoint = Checkpoint(self.job.model_name_or_path)
+        checkpoint = checkpoint_of(self.job)
         plan = SplitPlan(self.job.split.head_blocks, self.job.split.tail_blocks, checkpoint.config.num_hidden_layers)
+        longest_row(self.job, context_length(checkpoint.config))
         dtype, device = DTYPES[self.job.training.trunk_dtype], device_of(self.settings)
         part = load_part(checkpoint, plan, "trunk", dtype=dtype, device=device)
         make_trainable(part, self.job)
@@ -138,6 +140,7 @@ class Server:
                         self.settings.max_cached_tokens,
                         context_length(checkpoint.config),
                         self.settings.max_streams_per_session,
+                        self.job.prefix_tokens,
                     )
                 ),
                 Engine(progress, waker.wake, self.settings.threads, replicas, shapes),

@@ -15,11 +15,15 @@ Key = tuple[bytes, int]
 
 @dataclass(frozen=True)
 class StreamLimits:
-    """`max_cached_tokens` over all streams; `max_length` of a row; `max_streams` of a session."""
+    """`max_cached_tokens` over all streams; `max_length` of a row; `max_streams` of a session.
+
+    Every row begins with `virtual_tokens` of a prefix, which count.
+    """
 
     max_cached_tokens: int
     max_length: int
     max_streams: int
+    virtual_tokens: int = 0
 
 
 class StreamBook:
@@ -35,7 +39,7 @@ class StreamBook:
         Raises Refused, and then changes nothing.
         """
         key = (session, stream)
-        before = self.lengths.get(key, (0,) * len(lengths))
+        before = self.lengths.get(key, (self.limits.virtual_tokens,) * len(lengths))
         if key in self.busy:
             raise Refused(f"a request of stream {stream} is under way", reason="repeated")
         if key not in self.lengths and sum(s == session for s, _ in self.lengths) >= self.limits.max_streams:
@@ -46,9 +50,10 @@ class StreamBook:
         if max(after) > self.limits.max_length:
             raise Refused(f"a row of {max(after)} tokens; the longest is {self.limits.max_length}", reason="too_long")
         kept = sum(sum(rows) for rows in self.lengths.values())
-        if kept + sum(lengths) > self.limits.max_cached_tokens:
+        more = sum(after) - sum(self.lengths.get(key, ()))
+        if kept + more > self.limits.max_cached_tokens:
             raise Refused(
-                f"the server keeps {kept} of {self.limits.max_cached_tokens} tokens: no room for {sum(lengths)} more",
+                f"the server keeps {kept} of {self.limits.max_cached_tokens} tokens: no room for {more} more",
                 reason="no_cache_room",
             )
         self.lengths[key] = after

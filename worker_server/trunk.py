@@ -151,7 +151,7 @@ class Trunk:
         for places in self._pieces(cohort, range(len(cohort))):
             rows = [cohort[place] for place in places]
             if self.clients is not None:
-                self.clients.route(self.clients.stack([r.client for r in rows]), [r.tokens for r in rows])
+                self.clients.route(self.clients.stack([r.client for r in rows]), [r.lengths for r in rows])
             outputs.extend(_unpack(self._run(_pack(rows), rows), rows))
         return outputs
 
@@ -160,7 +160,7 @@ class Trunk:
         """Each client's rows, which go on from what their caches hold, through the trunk; the caches grow."""
         self.part.module.eval()
         if self.clients is not None:
-            self.clients.route(self.clients.stack([r.client for r in cohort]), [r.tokens for r in cohort])
+            self.clients.route(self.clients.stack([r.client for r in cohort]), [r.lengths for r in cohort])
         flat = [cache for of_client in caches for cache in of_client]
         return _unpack(self._run(_pack(cohort), cohort, caches=flat), cohort)
 
@@ -212,7 +212,7 @@ class Trunk:
                 # The leaf is a copy: a backward uses what its forward used, whatever was stepped in between.
                 own = kept.own if len(piece) == len(kept.own) else kept.own[piece]
                 own = own.detach().requires_grad_()
-                self.clients.route(own, [r.tokens for r in rows])
+                self.clients.route(own, [r.lengths for r in rows])
             hidden = _pack(rows).to(self.device).requires_grad_(any(r.wants_gradient for r in rows))
             graphs.append(Graph(tuple(piece), hidden, self._run(hidden, rows, kept.weights), own))
         return graphs

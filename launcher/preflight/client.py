@@ -204,7 +204,7 @@ def _with_job(
         rows.add(warn("result", f"{plan.out} holds this job's result: nothing would be trained", "give another --out"))
     if (before := check_checkpoints("--out", plan.out, job.digest().hex())) is not None:
         rows.add(before)
-    checkpoint = checkpoint_of(rows, plan.model or job.model_name_or_path, "--model")
+    checkpoint = checkpoint_of(rows, plan.model or job.model_name_or_path, "--model", job.drawn_from)
     needed = None
     if checkpoint is not None:
         needed = _with_model(plan, rows, job, checkpoint, welcome)

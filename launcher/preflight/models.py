@@ -25,8 +25,11 @@ BYTES_TRAINED = 4 * FLOAT32
 BYTES_SAVED = 3 * FLOAT32
 
 
-def checkpoint_of(rows: Checklist, name_or_path: str, option: str) -> Checkpoint | None:
-    """Row "model": configuration, tensor table and first bytes of each tensor can be read. Downloads nothing."""
+def checkpoint_of(rows: Checklist, name_or_path: str, option: str, drawn_from: int | None = None) -> Checkpoint | None:
+    """Row "model": configuration, tensor table and first bytes of each tensor can be read. Downloads nothing.
+
+    `drawn_from`: the seed of weights that are not read but drawn.
+    """
     folder = local_copy(name_or_path)
     if folder is None:
         rows.add(
@@ -38,7 +41,10 @@ def checkpoint_of(rows: Checklist, name_or_path: str, option: str) -> Checkpoint
         )
         return None
     return rows.attempt(
-        "model", lambda: _readable(folder), lambda found: f"{name_or_path}: {_fingerprint(found)}", f"see {option}"
+        "model",
+        lambda: _readable(folder, drawn_from),
+        lambda found: f"{name_or_path}: {_fingerprint(found)}",
+        f"see {option}",
     )
 
 
@@ -53,8 +59,8 @@ def local_copy(name_or_path: str) -> str | None:
         return None
 
 
-def _readable(folder: str) -> Checkpoint:
-    checkpoint = Checkpoint(folder)
+def _readable(folder: str, drawn_from: int | None) -> Checkpoint:
+    checkpoint = Checkpoint(folder, drawn_from)
     checkpoint.fingerprint()
     return checkpoint
 
@@ -66,6 +72,8 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
 
 def check_digest(checkpoint: Checkpoint) -> Check:
     """The SHA-256 over all bytes of the weights' files, for two owners of the same files to compare."""
+    if checkpoint.drawn_from is not None:
+        return ok("digest", f"no weights are read: they are drawn from seed {checkpoint.drawn_from}")
     digest = hashlib.sha256()
     try:
         for name in sorted(set(checkpoint.files.values())):

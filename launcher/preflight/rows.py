@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from launcher.preflight.checks import Check, fail, ok, warn
-from shared.errors import ModelError, UsageError
+from shared.errors import DataError, JobError, ModelError, UsageError
 from shared.job import Job
 from shared.model.checkpoint import Checkpoint
 from shared.model.families import context_length
+from shared.model.methods import longest_row
 from worker_client.client import load_tokenizer
 from worker_client.data import LoadedRows, load_rows, split_validation
 from worker_client.record_files import read_records
@@ -33,7 +34,10 @@ def check_rows(data: Path, validation: Path | None, fraction: float, job: Job, c
         tokenizer = load_tokenizer(checkpoint)
     except ModelError as error:
         return [fail("tokenizer", error.message, error.hint or "copy the tokenizer's files into the model's folder")]
-    limit = min(job.data.max_length, context_length(checkpoint.config))
+    try:
+        limit = longest_row(job, context_length(checkpoint.config))
+    except JobError as error:
+        return [fail("method", error.message, error.hint or "ask for a job with fewer virtual tokens")]
     checks = []
     for path in (data, validation):
         if path is None:

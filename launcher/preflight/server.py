@@ -93,7 +93,7 @@ def _check_model(plan: ServerPlan, rows: Checklist, job: Job, device: Check) -> 
 
 
 def _need(plan: ServerPlan, rows: Checklist, job: Job) -> Need | None:
-    checkpoint = checkpoint_of(rows, job.model_name_or_path, "model_name_or_path in the job file")
+    checkpoint = checkpoint_of(rows, job.model_name_or_path, "model_name_or_path in the job file", job.drawn_from)
     if checkpoint is None:
         return None
     if plan.digest:

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from shared.errors import ModelError
 from shared.model.checkpoint import Checkpoint
+from shared.model.draws import draw_weights
 from shared.model.families import Family, family_of, sliced_config
 from shared.model.kv_cache import RowCache
 from shared.model.packing import IMPLEMENTATION, packed_attention, position_ids, row_mask
@@ -35,14 +36,18 @@ class NoPositions(nn.Module):
         return torch.zeros(())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Part:
-    """Head, trunk or tail: the module, and where its blocks lie in the whole model."""
+    """Head, trunk or tail: the module, and where its blocks lie in the whole model.
+
+    `first_position`: that of a row's first token, where something is attended to before it.
+    """
 
     name: PartName
     module: Any
     family: Family
     plan: SplitPlan
+    first_position: int = 0
 
     @property
     def base(self) -> Any:
@@ -118,24 +123,50 @@ class Part:
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
-    @staticmethod
-    def _packed(lengths: Sequence[int], device: torch.device, caches: Sequence[RowCache] | None) -> dict[str, Any]:
-        positions = position_ids(lengths, device, caches)
+    def _packed(
+        self, lengths: Sequence[int], device: torch.device, caches: Sequence[RowCache] | None
+    ) -> dict[str, Any]:
+        positions = position_ids(lengths, device, caches, self.first_position)
         return {"position_ids": positions, "attention_mask": row_mask(lengths, device, caches), "use_cache": False}
 
 
 def load_part(
     checkpoint: Checkpoint, plan: SplitPlan, name: PartName, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Part:
-    """Build one part and read its tensors, and no others, in `dtype`. Raises ModelError."""
+    """Build one part and read its tensors, and no others, in `dtype`, or draw them anew. Raises ModelError."""
     part = empty_part(checkpoint.config, plan, name)
+    if checkpoint.drawn_from is not None:
+        _draw(part, checkpoint, dtype, device)
+        return part
     wanted = {_stored_name(checkpoint, part, local): local for local in _own_tensors(part)}
     for stored, tensor in checkpoint.read(wanted):
         _fill(part.module, wanted[stored], tensor, dtype, device, checkpoint)
+    _move_buffers(part, device)
+    return part
+
+
+def _draw(part: Part, checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> None:
+    """First values from the checkpoint's seed: those that the whole model would have under the same names."""
+    assert checkpoint.drawn_from is not None
+    names = {local: part.global_name(local) for local in _own_tensors(part)}
+    draw_weights(part.module, empty_whole(checkpoint.config), names, checkpoint.drawn_from)
+    for local in names:
+        owner, _, leaf = local.rpartition(".")
+        drawn = getattr(part.module.get_submodule(owner), leaf)
+        setattr(part.module.get_submodule(owner), leaf, nn.Parameter(drawn.detach().to(device, dtype)))
+    _move_buffers(part, device)
+
+
+def empty_whole(config: Any) -> Any:
+    """The whole model without its weights."""
+    with _NoWeights():
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _move_buffers(part: Part, device: str) -> None:
     for owner in part.module.modules():
         for leaf, buffer in owner.named_buffers(recurse=False):
             setattr(owner, leaf, buffer.to(device))
-    return part
 
 
 def load_head_and_tail(

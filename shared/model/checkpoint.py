@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from shared.errors import ModelError
+from shared.job import Job
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -66,17 +67,21 @@ class Fingerprint:
 
 
 class Checkpoint:
-    """A Hugging Face causal language model in a folder or, by its id, on the hub (downloaded file by file)."""
+    """A Hugging Face causal language model in a folder or, by its id, on the hub (downloaded file by file).
 
-    def __init__(self, name_or_path: str) -> None:
+    With `drawn_from` a model without weights: they are drawn from that seed, and any that lie there are not looked at.
+    """
+
+    def __init__(self, name_or_path: str, drawn_from: int | None = None) -> None:
         """Reads the config and the index alone. Raises ModelError."""
         self.name_or_path = name_or_path
+        self.drawn_from = drawn_from
         self.folder = Path(name_or_path).expanduser()
         self.is_local = self.folder.is_dir()
         if not self.is_local and (self.folder.is_absolute() or name_or_path.startswith((".", "~"))):
             raise ModelError(f"no model folder at {name_or_path}", hint="set model_name_or_path (or --model)")
         self.config: Any = self._read_config()
-        self.files = self._index()
+        self.files = self._index() if drawn_from is None else {}
 
     def _read_config(self) -> Any:
         path = self.file("config.json")
@@ -112,7 +117,8 @@ class Checkpoint:
         if not self._has(SINGLE):
             raise ModelError(
                 f"{self.name_or_path}: no {SINGLE} and no {INDEX}",
-                hint="convert the checkpoint with save_pretrained(..., safe_serialization=True)",
+                hint="convert the checkpoint with save_pretrained(..., safe_serialization=True), or begin without one: "
+                "training.from_scratch=true",
             )
         with self._open(SINGLE) as tensors:
             return dict.fromkeys(tensors.keys(), SINGLE)
@@ -149,7 +155,7 @@ class Checkpoint:
                         raise ModelError(f"{self.name_or_path}/{file}: tensor {name}: {error}") from None
 
     def fingerprint(self) -> Fingerprint:
-        """Digests of the configuration, of the tensor table, and of the first bytes of each tensor."""
+        """Digests of the configuration, of the tensor table, and of the first bytes of each tensor, or the seed."""
         config = self.config.to_dict()
         for cosmetic in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"):
             config.pop(cosmetic, None)
@@ -163,8 +169,16 @@ class Checkpoint:
         for name in sorted(rows):  # however the tensors are spread over files
             table.update(rows[name][0].encode())
             weights.update(rows[name][1])
+        if self.drawn_from is not None:
+            table.update(b"drawn from a seed")
+            weights.update(str(self.drawn_from).encode())
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         return Fingerprint(digest.hexdigest(), table.hexdigest(), weights.hexdigest())
+
+
+def checkpoint_of(job: Job, name_or_path: str | None = None) -> Checkpoint:
+    """The model that the job begins with, where the job says or at `name_or_path`. Raises ModelError."""
+    return Checkpoint(name_or_path or job.model_name_or_path, job.drawn_from)
 
 
 def _first_bytes(tensor: Any) -> bytes:

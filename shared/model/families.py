@@ -21,6 +21,8 @@ class Family:
     positions: str | None = None
     embedding_dropout: str | None = None
     final_norm: str = "norm"
+    # The module of a block that keeps its attention.
+    attention: str = "self_attn"
     # The attention projections, where LoRA goes unless the job says otherwise.
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     # A tensor's other name in checkpoints, as older versions of transformers saved it.
@@ -49,6 +51,7 @@ FAMILIES: dict[str, Family] = {
             positions="wpe",
             embedding_dropout="drop",
             final_norm="ln_f",
+            attention="attn",
             lora_targets=("attn.c_attn", "attn.c_proj"),
             refused_settings=("scale_attn_by_inverse_layer_idx", "add_cross_attention"),
         ),
@@ -59,6 +62,7 @@ FAMILIES: dict[str, Family] = {
             positions="wpe",
             embedding_dropout="drop",
             final_norm="ln_f",
+            attention="attn.attention",
             lora_targets=("q_proj", "k_proj", "v_proj", "out_proj"),
         ),
         Family(
@@ -66,6 +70,7 @@ FAMILIES: dict[str, Family] = {
             embedding="embed_in",
             embedding_dropout="emb_dropout",
             final_norm="final_layer_norm",
+            attention="attention",
             lora_targets=("query_key_value", "attention.dense"),
             aliases={"lm_head.weight": "embed_out.weight", "embed_out.weight": "lm_head.weight"},
         ),

@@ -4,6 +4,7 @@ The cache lives where attention is ours (shared/model/packing.py); transformers'
 clients, each with its own cache and of any length, share a forward.
 """
 
+import torch
 from torch import Tensor
 
 FIRST_CAPACITY = 64
@@ -15,14 +16,23 @@ class RowCache:
     def __init__(self) -> None:
         self._slabs: dict[int, tuple[Tensor, Tensor]] = {}
         self._filled: dict[int, int] = {}
+        self._virtual = 0
 
     @property
     def length(self) -> int:
-        """How many tokens are kept."""
-        return max(self._filled.values(), default=0)
+        """How many tokens are kept, those of a prefix not counted."""
+        return max(self._filled.values(), default=self._virtual) - self._virtual
 
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep key and value (1, G, n, D) of n more tokens; all that is kept of that layer, (1, G, m, D) each."""
+    def append(
+        self, layer: int, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Keep key and value (1, G, n, D) of n more tokens; all that is kept of that layer, (1, G, m, D) each.
+
+        The `prefix`, key and value of virtual tokens, is kept before the first of them.
+        """
+        if prefix is not None and layer not in self._filled:
+            self._virtual = prefix[0].shape[2]
+            key, value = (torch.cat(pair, 2) for pair in zip(prefix, (key, value), strict=True))
         filled = self._filled.get(layer, 0)
         stop = filled + key.shape[2]
         if layer not in self._slabs or stop > self._slabs[layer][0].shape[2]:

@@ -5,7 +5,8 @@ Padding every row to the longest makes batching slower than serving rows one by 
 restart at 0 give each row its own positions, and `packed_attention`, registered as an attention implementation,
 lets a row attend to itself alone. It learns the row lengths from the attention mask argument, a (1, 1, 1, rows)
 integer tensor: 4-dimensional masks reach every attention layer untouched. Where rows go on from tokens before, their
-caches travel with the mask. On CUDA one variable-length kernel attends all rows, where it can; elsewhere each row is a
+caches travel with the mask. Where the attention module has a prefix (shared/model/methods/prefix.py), a row attends to
+that before itself. On CUDA one variable-length kernel attends all rows, where it can; elsewhere each row is a
 call of its own, which costs a CPU little.
 """
 
@@ -22,13 +23,18 @@ from transformers import AttentionInterface
 from shared.model.kv_cache import RowCache
 
 IMPLEMENTATION = "flglm_packed"
+# The attribute of an attention module under which its prefix lies.
+PREFIX = "prefix"
 
 
 def position_ids(
-    lengths: Sequence[int], device: torch.device | str = "cpu", caches: Sequence[RowCache] | None = None
+    lengths: Sequence[int],
+    device: torch.device | str = "cpu",
+    caches: Sequence[RowCache] | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """(1, T) int64: 0..n-1 for each row of n tokens, or on from where its cache ends."""
-    starts = [0] * len(lengths) if caches is None else [cache.length for cache in caches]
+    """(1, T) int64: `first` and on for each row, or on from where its cache ends."""
+    starts = [first] * len(lengths) if caches is None else [first + cache.length for cache in caches]
     positions = [place for start, n in zip(starts, lengths, strict=True) for place in range(start, start + n)]
     return torch.tensor([positions], device=device)
 
@@ -121,6 +127,48 @@ def attend_together(
     return output.transpose(1, 2).values().transpose(0, 1).unsqueeze(0)
 
 
+def with_prefix(prefix: Tensor, packed: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Rows (1, G, T, D) of `lengths` tokens, each with its own (G, n, D) of `prefix` (rows, G, n, D) before it."""
+    rows = torch.split(packed, list(lengths), 2)
+    return torch.cat([piece for pair in zip(torch.split(prefix, 1), rows, strict=True) for piece in pair], 2)
+
+
+def without_prefix(packed: Tensor, virtual: int, lengths: Sequence[int]) -> Tensor:
+    """Rows (1, H, T, D) of `lengths` tokens, from the same with `virtual` more before each."""
+    rows = torch.split(packed, [virtual + length for length in lengths], 2)
+    return torch.cat([row[:, :, virtual:] for row in rows], 2)
+
+
+def attend_together_with_prefix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix: tuple[Tensor, Tensor],
+    lengths: Sequence[int],
+    offsets: Tensor,
+    *,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """As `attend_together`, with a `prefix` of keys and values, (rows, G, n, D) each.
+
+    The kernel's causality wants as many queries as keys: the virtual tokens get some, whose outputs are dropped.
+    """
+    rows, _, virtual, width = prefix[0].shape
+    queries = query.new_zeros(rows, query.shape[1], virtual, width)
+    longer = [virtual + length for length in lengths]
+    output = attend_together(
+        with_prefix(queries, query, lengths),
+        with_prefix(prefix[0], key, lengths),
+        with_prefix(prefix[1], value, lengths),
+        longer,
+        offsets + virtual * torch.arange(rows + 1, device=offsets.device),
+        scaling=scaling,
+        dropout=dropout,
+    )
+    return without_prefix(output, virtual, lengths)
+
+
 def packed_attention(
     module: Any,
     query: Tensor,
@@ -136,20 +184,38 @@ def packed_attention(
     """transformers' attention interface: query (1, H, T, D), key and value (1, G, T, D) to output (1, T, H, D)."""
     lengths = attention_mask.flatten().tolist()
     caches: Sequence[RowCache] | None = attention_mask.caches  # type: ignore[attr-defined]
-    windowed = sliding_window is not None and max(lengths) > sliding_window
+    prefix = _prefix_of(module, len(lengths), key.dtype)
+    longest = max(lengths) + (0 if prefix is None else prefix[0].shape[2])
+    windowed = sliding_window is not None and longest > sliding_window
     if query.is_cuda and caches is None and softcap is None and not windowed:
         offsets: Tensor = attention_mask.offsets  # type: ignore[attr-defined]
-        together = attend_together(query, key, value, lengths, offsets, scaling=scaling, dropout=dropout)
+        settings: dict[str, Any] = {"scaling": scaling, "dropout": dropout}
+        if prefix is None:
+            together = attend_together(query, key, value, lengths, offsets, **settings)
+        else:
+            together = attend_together_with_prefix(query, key, value, prefix, lengths, offsets, **settings)
         return together.transpose(1, 2).contiguous(), None
-    rows = list(zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True))
-    if caches is not None:
-        layer = module.layer_idx
-        rows = [(q, *cache.append(layer, k, v)) for (q, k, v), cache in zip(rows, caches, strict=True)]
-    outputs = [
-        attend_row(q, k, v, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap)
-        for q, k, v in rows
-    ]
+    rows = zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True)
+    before: Sequence[tuple[Tensor, Tensor] | None] = [None] * len(lengths)
+    if prefix is not None:
+        before = list(zip(torch.split(prefix[0], 1), torch.split(prefix[1], 1), strict=True))
+    outputs = []
+    for place, (q, k, v) in enumerate(rows):
+        if caches is not None:
+            k, v = caches[place].append(module.layer_idx, k, v, before[place])
+        elif (own := before[place]) is not None:
+            k, v = torch.cat((own[0], k), 2), torch.cat((own[1], v), 2)
+        outputs.append(attend_row(q, k, v, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def _prefix_of(module: Any, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Keys and values (rows, G, n, D) that come before each row's, if the module has any."""
+    prefix = getattr(module, PREFIX, None)
+    if prefix is None:
+        return None
+    keys, values = prefix.of_rows(rows)
+    return keys.to(dtype), values.to(dtype)
 
 
 AttentionInterface.register(IMPLEMENTATION, packed_attention)

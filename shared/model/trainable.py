@@ -1,67 +1,23 @@
-"""What is trained in a part, by method: the place where a method turns modules into trainable parameters.
+"""What is trained in a part: by name, by shape, and how it is made so by the job's method (shared/model/methods)."""
 
-LoRA comes from peft. Its A matrices are drawn per tensor from the job's seed and the tensor's name in the whole model,
-so that every client starts from the same adapters, and a split model from the same as the whole one.
-"""
-
-import hashlib
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from shared.errors import JobError
-from shared.job import Job, Lora
+from shared.job import Job
 from shared.model.carve import Part, empty_part, tie
+from shared.model.methods import METHODS
 from shared.model.plan import SplitPlan
-
-ADAPTER = "default"
 
 
 def make_trainable(part: Part, job: Job) -> None:
     """Freeze the part, then add or free what the job's method trains there. Raises JobError."""
     part.module.requires_grad_(False)
-    if part.name not in job.training.parts:
-        return
-    if isinstance(job.method, Lora):
-        add_lora(part.module, job.method, part.family.lora_targets)
-        reseed_lora(part.named_parameters().items(), job.training.seed)
-    else:
-        part.module.requires_grad_(True)
-
-
-def add_lora(module: nn.Module, lora: Lora, default_targets: tuple[str, ...]) -> None:
-    """Inject LoRA layers, in place. Raises JobError if no module has one of the target names."""
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=list(lora.target_modules or default_targets),
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in module.modules()),  # GPT-2 keeps weights transposed
-    )
-    try:
-        inject_adapter_in_model(config, module, ADAPTER)
-    except ValueError as error:
-        raise JobError(f"method.target_modules: {str(error).splitlines()[0][:200]}") from None
-    for name, parameter in module.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.float()  # peft gives adapters the type of frozen weights
-
-
-def reseed_lora(parameters: Iterable[tuple[str, nn.Parameter]], seed: int) -> None:
-    """Draw each LoRA A anew, uniform in +-1/sqrt(in_features) as peft does, from `seed` and its global name."""
-    for name, parameter in parameters:
-        if ".lora_A." in name:
-            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            bound = 1 / math.sqrt(parameter.shape[1])
-            drawn = torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=generator)
-            with torch.no_grad():
-                parameter.copy_(drawn)
+    part.first_position = job.prefix_tokens
+    if part.name in job.training.parts:
+        METHODS[job.method.type](part, job)
 
 
 def trained(parts: Iterable[Part]) -> dict[str, nn.Parameter]:

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from benchmarks.fidelity import Case, make_job
 from benchmarks.plain import load_plain
 from benchmarks.tiny_models import save_tiny_model
 from launcher.in_process import Background, Serving, serving
+from launcher.whole_models import with_method
 from shared.errors import Refused
-from shared.job import Cohort, Job, Lora
+from shared.job import Cohort, Job, Lora, Prefix, Training
 from shared.model.checkpoint import Checkpoint
+from shared.model.families import FAMILIES
 from worker_client.generation import generate
 from worker_client.head_tail import load_client_parts
 from worker_client.remote_trunk import RemoteTrunk
@@ -76,6 +79,29 @@ def test_clients_generate_together_what_transformers_does(job: Job, adapters: st
         assert all_streams_are_given_back(running)
     for name, prompts in PROMPTS.items():
         assert results[name] == [expected(job.model_name_or_path, prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("adapters", ["shared", "per_client"])
+@torch.no_grad()
+def test_prefixes_are_there_when_clients_generate(job: Job, adapters: Any, tmp_path: Path) -> None:
+    """What peft's model writes, whose prefix is in every layer."""
+    cohort = Cohort(clients=3, adapters=adapters)
+    job = job.model_copy(update={"method": Prefix(num_virtual_tokens=4), "cohort": cohort, "training": Training()})
+    results: dict[str, list[list[int]]] = {}
+    with serving(job, tmp_path, list(PROMPTS)) as running:
+        threads = [
+            Background(name, lambda n=name: results.update({n: run(running, n, PROMPTS[n])})) for name in PROMPTS
+        ]
+        for thread in threads:
+            thread.join()
+        assert all_streams_are_given_back(running)
+    model, _ = with_method(load_plain(job.model_name_or_path), job, FAMILIES["llama"])
+    for name, prompts in PROMPTS.items():
+        for prompt, written in zip(prompts, results[name], strict=True):
+            row = list(prompt)
+            while len(row) < len(prompt) + NEW_TOKENS and row[-1:] != [1]:
+                row.append(int(model.eval()(input_ids=torch.tensor([row])).logits[0, -1].argmax()))
+            assert written == row[len(prompt) :]
 
 
 def test_sampling_follows_its_seed(job: Job, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from benchmarks.tiny_models import save_tiny_model
 from shared.errors import JobError
-from shared.job import Cohort, Job, Lora, Training, parse_job
+from shared.job import Cohort, Job, Lora, Method, Prefix, Training, parse_job
 from shared.model.carve import load_part
 from shared.model.checkpoint import Checkpoint
+from shared.model.kv_cache import RowCache
 from shared.model.plan import SplitPlan
 from shared.model.trainable import make_trainable
 from worker_server.aggregation import weighted_mean
@@ -26,6 +27,7 @@ from worker_server.trunk import Trunk
 WIDTH = 32
 NAMES = ("a", "b", "c")
 LENGTHS = ((3, 40), (7,), (2, 2, 31))
+PREFIX = {"num_virtual_tokens": 4}
 
 
 @pytest.fixture
@@ -34,9 +36,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def job_of(folder: Path, cohort: Cohort, **method: Any) -> Job:
+    """With a prefix if `method` names virtual tokens, else with LoRA."""
+    settings: Method = Prefix(**method) if "num_virtual_tokens" in method else Lora(r=3, lora_alpha=5, **method)
     return Job(
         model_name_or_path=str(folder),
-        method=Lora(**{"r": 3, "lora_alpha": 5} | method),
+        method=settings,
         training=Training(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.5),
         cohort=cohort,
     )
@@ -99,11 +103,22 @@ def close(actual: Tensor | None, expected: Tensor | None) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
-def test_a_cohort_is_a_server_for_each_client(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("llama", {}),
+        ("gpt2", {}),
+        ("phi3", {}),
+        ("llama", {"use_rslora": True}),
+        ("llama", PREFIX),
+        ("gpt2", PREFIX),
+        ("mistral", PREFIX),
+    ],
+)
+def test_a_cohort_is_a_server_for_each_client(family: str, method: dict[str, Any], tmp_path: Path) -> None:
     folder = save_tiny_model(family, tmp_path / "model")
-    together = make_trunk(folder)
-    alone = {name: make_alone(folder) for name in NAMES}
+    together = make_trunk(folder, **method)
+    alone = {name: make_alone(folder, **method) for name in NAMES}
     for number in range(4):
         # Once without b, once b sends no gradient: it stays where it was and continues there.
         here = [name for name in NAMES if (name, number) != ("b", 1)]
@@ -131,9 +146,10 @@ def test_a_cohort_is_a_server_for_each_client(family: str, tmp_path: Path) -> No
     close(torch.cat([together.state()[f"trunk/{n}"].flatten() for n in together.clients.shapes]), expected)
 
 
-def test_clients_with_equally_many_tokens_are_a_server_each(folder: Path) -> None:
-    together = make_trunk(folder)
-    alone = {name: make_alone(folder) for name in NAMES}
+@pytest.mark.parametrize("method", [{}, PREFIX], ids=["lora", "prefix"])
+def test_clients_with_equally_many_tokens_are_a_server_each(folder: Path, method: dict[str, Any]) -> None:
+    together = make_trunk(folder, **method)
+    alone = {name: make_alone(folder, **method) for name in NAMES}
     for number in range(2):
         cohort = [rows_of(name, number, lengths) for name, lengths in zip(NAMES, ((6,), (2, 4), (3, 3)), strict=True)]
         step(together, cohort)
@@ -143,8 +159,9 @@ def test_clients_with_equally_many_tokens_are_a_server_each(folder: Path) -> Non
         close(vector, in_order(together, alone[name]))
 
 
-def test_a_token_budget_changes_nothing(folder: Path) -> None:
-    whole, chunked = make_trunk(folder), make_trunk(folder)
+@pytest.mark.parametrize("method", [{}, PREFIX], ids=["lora", "prefix"])
+def test_a_token_budget_changes_nothing(folder: Path, method: dict[str, Any]) -> None:
+    whole, chunked = make_trunk(folder, **method), make_trunk(folder, **method)
     chunked.piece_tokens = 50
     for number in range(2):
         for trunk in (whole, chunked):
@@ -201,22 +218,44 @@ def test_one_clients_overflow_is_its_own(folder: Path) -> None:
     assert torch.equal(vectors(trunk)["b"], trunk.clients.average if trunk.clients else torch.empty(0))
 
 
-def test_evaluation_goes_through_ones_own_adapter_and_keeps_nothing(folder: Path) -> None:
-    trunk = make_trunk(folder, lora_dropout=0.5)
+@pytest.mark.parametrize("method", [{"lora_dropout": 0.5}, PREFIX], ids=["lora", "prefix"])
+def test_evaluation_goes_through_ones_own_adapter_and_keeps_nothing(folder: Path, method: dict[str, Any]) -> None:
+    trunk = make_trunk(folder, **method)
     first = rows_of("c", 0)
     step(trunk, [rows_of("a", 0)])
     alike = [Rows(first.hidden, first.lengths, 1, True, name) for name in ("a", "c")]
     own, average = trunk.evaluate(alike)
-    close(average, make_alone(folder).evaluate([first])[0])
+    close(average, make_alone(folder, **method).evaluate([first])[0])
     assert (own - average).abs().max() > 1e-4
     assert vectors(trunk).keys() == {"a"}
 
 
-def test_a_restored_trunk_goes_on_bit_equal(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [PREFIX, {}], ids=["prefix", "lora"])
+def test_generation_goes_through_ones_own_adapter(folder: Path, method: dict[str, Any]) -> None:
+    """Rows of three clients go on together, with caches; each as if evaluated at once."""
+    trunk = make_trunk(folder, **method)
+    step(trunk, [rows_of("a", 0), rows_of("b", 0)])
+    cohort = [rows_of(name, 1) for name in NAMES]
+    caches = [[RowCache() for _ in rows.lengths] for rows in cohort]
+    pieces = [[torch.split(rows.hidden, list(rows.lengths))[i] for i in range(len(rows.lengths))] for rows in cohort]
+    for part in (slice(0, 1), slice(1, None)):  # the first token of each row, then the rest
+        here = [[row[part] for row in of_client] for of_client in pieces]
+        rows = [
+            Rows(torch.cat(new), tuple(len(row) for row in new), 0, False, whole.client)
+            for new, whole in zip(here, cohort, strict=True)
+        ]
+        last = trunk.generate(rows, caches)
+    for output, rows_sent, whole in zip(last, rows, trunk.evaluate(cohort), strict=True):
+        lengths = [1 + n for n in rows_sent.lengths]
+        close(output, torch.cat([row[1:] for row in torch.split(whole, lengths)]))
+
+
+@pytest.mark.parametrize("method", [{"lora_dropout": 0.3}, PREFIX], ids=["lora", "prefix"])
+def test_a_restored_trunk_goes_on_bit_equal(folder: Path, tmp_path: Path, method: dict[str, Any]) -> None:
     """Through files, in the middle of a round, with dropout."""
 
     def make() -> Progress:
-        job = job_of(folder, Cohort(clients=3, adapters="per_client"), lora_dropout=0.3)
+        job = job_of(folder, Cohort(clients=3, adapters="per_client"), **method)
         return Progress(tmp_path / "state", job, Checkpoint(str(folder)).fingerprint(), _trunk(folder, job))
 
     def steps(trunk: Trunk, numbers: range) -> None:
@@ -252,8 +291,15 @@ def test_other_layers_than_linear_ones_are_refused_by_name(folder: Path) -> None
 def test_a_job_that_contradicts_itself_is_refused(contradiction: dict[str, Any]) -> None:
     values = {"model_name_or_path": "m", "cohort": {"adapters": "per_client"}}
     parse_job(values, "job.yaml")
-    with pytest.raises(JobError, match=r"cohort\.adapters=per_client needs method\.type=lora, and trunk"):
+    with pytest.raises(JobError, match=r"cohort\.adapters=per_client needs method\.type=lora or prefix, and trunk"):
         parse_job(values | contradiction, "job.yaml")
+
+
+def test_dora_is_refused_with_the_reason() -> None:
+    values = {"model_name_or_path": "m", "cohort": {"adapters": "per_client"}, "method": {"type": "lora"}}
+    parse_job(values, "job.yaml")
+    with pytest.raises(JobError, match=r"method\.use_dora divides by the norm.*cohort\.adapters=per_client"):
+        parse_job(values | {"method": {"type": "lora", "use_dora": True}}, "job.yaml")
 
 
 @settings(deadline=None, max_examples=50)

@@ -73,3 +73,18 @@ def test_caches_live_until_their_stream_is_released() -> None:
     assert caches.of(A, 1, 2) is first
     caches.release([(A, 1), (B, 9)])
     assert caches.of(A, 1, 2) is not first
+
+
+def test_a_prefix_counts_for_every_row() -> None:
+    book = StreamBook(StreamLimits(max_cached_tokens=30, max_length=12, max_streams=2, virtual_tokens=5))
+    with pytest.raises(Refused) as refused:
+        book.extend(A, 1, [8])
+    assert refused.value.reason == "too_long"
+    book.extend(A, 1, [4, 6])
+    book.answered(A, 1)
+    book.extend(A, 1, [1, 1])
+    assert book.lengths[(A, 1)] == (10, 12)
+    with pytest.raises(Refused) as refused:
+        book.extend(B, 1, [4])
+    assert refused.value.reason == "no_cache_room"
+    book.extend(B, 1, [3])

@@ -18,8 +18,9 @@ from shared.job import Full, Job, Lora, Training
 from shared.model.carve import Part, load_head_and_tail, load_part
 from shared.model.checkpoint import Checkpoint
 from shared.model.families import FAMILIES, family_of
+from shared.model.methods.lora import reseed_lora
 from shared.model.plan import SplitPlan
-from shared.model.trainable import make_trainable, reseed_lora, trained, update_shapes
+from shared.model.trainable import make_trainable, trained, update_shapes
 
 LENGTHS = [9, 1, 14, 3]
 
@@ -232,16 +233,25 @@ def job_of(folder: Path, **settings: Any) -> Job:
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's, not ours
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_lora_is_pefts_on_the_whole_model_and_reaches_every_block(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        *((family, {}) for family in sorted(FAMILIES)),
+        *((family, {"use_rslora": True}) for family in ("llama", "gpt2")),
+        *((family, {"use_dora": True}) for family in ("llama", "gpt2", "gpt_neox", "phi3")),
+    ],
+)
+def test_lora_is_pefts_on_the_whole_model_and_reaches_every_block(
+    family: str, variant: dict[str, Any], tmp_path: Path
+) -> None:
     folder = save_tiny_model(family, tmp_path)
-    job = job_of(folder, method=Lora(r=4, lora_alpha=8))
+    job = job_of(folder, method=Lora(r=4, lora_alpha=8, **variant))
     parts = parts_of(folder)
     for part in parts:
         make_trainable(part, job)
     mine = trained(parts)
     targets = list(parts[0].family.lora_targets)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, fan_in_fan_out=family == "gpt2")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, fan_in_fan_out=family == "gpt2", **variant)
     model = get_peft_model(whole(folder), config)
     reseed_lora(((n.removeprefix("base_model.model."), p) for n, p in model.named_parameters()), job.training.seed)
     theirs = {n.removeprefix("base_model.model."): p for n, p in model.named_parameters() if p.requires_grad}
@@ -262,7 +272,7 @@ def test_lora_is_pefts_on_the_whole_model_and_reaches_every_block(family: str, t
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", [Lora(r=2), Full()], ids=["lora", "full"])
+@pytest.mark.parametrize("method", [Lora(r=2), Lora(r=2, use_dora=True), Full()], ids=["lora", "dora", "full"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_the_server_knows_what_an_update_must_hold(family: str, tied: bool, method: Any, tmp_path: Path) -> None:
