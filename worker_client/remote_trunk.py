@@ -28,11 +28,15 @@ from worker_client.link import Answer, Link
 
 @dataclass(frozen=True)
 class Boundary:
-    """Between rounds: the round to train next, or None when the job is finished, and the averages of head and tail."""
+    """Between rounds: the round to train next, or None when the job is finished, and the averages of head and tail.
+
+    `refused`: why the update of the round before did not count, if so.
+    """
 
     round: int | None
     members: int
     averages: dict[str, Tensor]
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,8 +146,8 @@ class RemoteTrunk:
             for info, frame in zip(reply.tensors, answer.frames, strict=True)
         }
         if isinstance(reply, Finished):
-            return Boundary(None, 0, averages)
-        return Boundary(reply.round, reply.members, averages)
+            return Boundary(None, 0, averages, reply.refused)
+        return Boundary(reply.round, reply.members, averages, reply.refused)
 
     def _call(self, message: Any, frames: list[memoryview]) -> Answer:
         return self.link.call(message, frames, timeout_s=self.timeout_s)

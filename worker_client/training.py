@@ -56,7 +56,10 @@ class Training:
             self._save()
             if self.job.rounds.weighting == "rows":
                 weight = len(self.rows)
-            boundary = self.trunk.update(boundary.round, weight, self._trained())
+            trained = boundary.round
+            boundary = self.trunk.update(trained, weight, self._trained())
+            if boundary.refused is not None:
+                self.report({"event": "update_refused", "round": trained, "reason": boundary.refused})
         self._apply(boundary)
         score = self._evaluate(self.job.rounds.count)
         self.report({"event": "finished", "rounds": self.job.rounds.count})

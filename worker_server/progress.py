@@ -1,7 +1,9 @@
-"""What the server keeps between rounds, on disk at each boundary: the trunk's state, averaged heads and tails."""
+"""What the server keeps between rounds, on disk at each boundary: the trunk's state, aggregated heads and tails, and
+the aggregator's state."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -20,7 +22,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """`round` completed rounds; `averages` of head and tail by global name (empty before the first)."""
+    """`round` completed rounds; `averages` of head and tail by global name (empty before the first).
+
+    `initial`: what head and tail begin with; `aggregator`: the state of the job's method of aggregation.
+    """
 
     folder: Path
     job: Job
@@ -28,6 +33,8 @@ class Progress:
     trunk: Trunk
     round: int = 0
     averages: dict[str, Tensor] | None = None
+    initial: Callable[[], dict[str, Tensor]] = dict
+    aggregator: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Path:
@@ -57,17 +64,24 @@ class Progress:
         averages = {name.removeprefix("average/"): t for name, t in tensors.items() if name.startswith("average/")}
         self.trunk.load_state(tensors, float(facts["steps"]))
         self.averages = averages
+        self.aggregator = {n.removeprefix("aggregator/"): t for n, t in tensors.items() if n.startswith("aggregator/")}
         self.round = number
 
-    def complete_round(self, averages: dict[str, Tensor]) -> None:
+    def start(self) -> dict[str, Tensor]:
+        """What every client's head and tail begin the round with, of what is trained in them. Raises ModelError."""
+        return self.averages or self.initial()
+
+    def complete_round(self, averages: dict[str, Tensor], aggregator: Mapping[str, Tensor] | None = None) -> None:
         """One more round is done, with these averages; on disk before anyone is told."""
         self.averages = averages
+        self.aggregator = aggregator or {}
         self.round += 1
         self.save()
 
     def save(self) -> None:
         """Write `checkpoint-<round>`. Raises CheckpointError if the disk refuses."""
         tensors = self.trunk.state() | {f"average/{name}": t for name, t in (self.averages or {}).items()}
+        tensors |= {f"aggregator/{name}": t for name, t in self.aggregator.items()}
         facts = {
             "job": self.job.digest().hex(),
             "model": vars(self.fingerprint),

@@ -6,7 +6,7 @@ so that every client starts from the same adapters, and a split model from the s
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from shared.errors import JobError
 from shared.job import Job, Lora
-from shared.model.carve import Part, empty_part, tie
+from shared.model.carve import Part, empty_part, load_head_and_tail, tie
+from shared.model.checkpoint import Checkpoint
 from shared.model.plan import SplitPlan
 
 ADAPTER = "default"
@@ -56,12 +57,15 @@ def reseed_lora(parameters: Iterable[tuple[str, nn.Parameter]], seed: int) -> No
     """Draw each LoRA A anew, uniform in +-1/sqrt(in_features) as peft does, from `seed` and its global name."""
     for name, parameter in parameters:
         if ".lora_A." in name:
-            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            bound = 1 / math.sqrt(parameter.shape[1])
-            drawn = torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=generator)
             with torch.no_grad():
-                parameter.copy_(drawn)
+                parameter.copy_(_drawn(name, parameter.shape, seed))
+
+
+def _drawn(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
 
 
 def trained(parts: Iterable[Part]) -> dict[str, nn.Parameter]:
@@ -85,6 +89,25 @@ def update_shapes(config: Any, plan: SplitPlan, job: Job) -> dict[str, tuple[int
         with torch.device("meta"):
             make_trainable(part, job)
     return {name: tuple(parameter.shape) for name, parameter in trained([head, tail]).items()}
+
+
+def initial_values(checkpoint: Checkpoint, plan: SplitPlan, job: Job) -> dict[str, Tensor]:
+    """What every client's head and tail begin with, of what is trained in them, by global name: float32.
+
+    LoRA's follow from seed and names, and no weights are read; what else is trained is in the checkpoint. Raises
+    ModelError.
+    """
+    if not {"head", "tail"} & set(job.training.parts):
+        return {}
+    if isinstance(job.method, Lora):
+        return {
+            name: _drawn(name, shape, job.training.seed) if ".lora_A." in name else torch.zeros(shape)
+            for name, shape in update_shapes(checkpoint.config, plan, job).items()
+        }
+    parts = load_head_and_tail(checkpoint, plan)
+    for part in parts:
+        make_trainable(part, job)
+    return {name: parameter.detach() for name, parameter in trained(parts).items()}
 
 
 def load_trained(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:

@@ -38,6 +38,7 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 RequestId = Annotated[int, Field(ge=1, lt=2**53)]
 Lengths = Annotated[tuple[Annotated[int, Field(ge=1, le=1_048_576)], ...], Field(min_length=1, max_length=MAX_ROWS)]
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Reason = Annotated[str, Field(max_length=500)]
 Purpose = Literal["train", "evaluate"]
 
 
@@ -74,12 +75,16 @@ class Join(Message):
 
 
 class RoundStart(WithTensors):
-    """Answers Join or Update: round `round` (from 0) begins. Tensors: head and tail averages, if any."""
+    """Answers Join or Update: round `round` (from 0) begins. Tensors: head and tail averages, if any.
+
+    `refused`: why the Update that this answers did not count, if so.
+    """
 
     type: Literal["round_start"] = "round_start"
     request: RequestId
     round: Count
     members: Count
+    refused: Reason | None = None
 
 
 class Forward(WithTensors):
@@ -153,11 +158,12 @@ class Update(WithTensors):
 
 
 class Finished(WithTensors):
-    """Answers Join or Update: the job is done. Tensors: the last averages."""
+    """Answers Join or Update: the job is done. Tensors: the last averages. `refused` as in RoundStart."""
 
     type: Literal["finished"] = "finished"
     request: RequestId
     rounds: Count
+    refused: Reason | None = None
 
 
 class Leave(Message):
@@ -170,7 +176,7 @@ class Refusal(Message):
     type: Literal["refusal"] = "refusal"
     request: RequestId | None = None
     code: Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")]
-    message: Annotated[str, Field(max_length=500)]
+    message: Reason
 
 
 FromClient = Confirm | Join | Forward | Backward | Generate | Release | Update | Leave
