@@ -51,7 +51,8 @@ Method = Annotated[Lora | Full, Field(discriminator="type")]
 
 
 class Training(Settings):
-    """Each party's optimizer: AdamW (arXiv 1711.05101), a schedule over all steps, clipping by the norm of the part.
+    """Each party's optimizer: AdamW (arXiv 1711.05101) or plain SGD, a schedule over all steps, clipping by the norm of
+    the part.
 
     A step is `gradient_accumulation_steps` batches. `trunk_dtype` is that of the trunk's frozen weights; what is
     trained, optimizers and reductions are float32 always.
@@ -59,6 +60,7 @@ class Training(Settings):
 
     per_device_train_batch_size: Positive = 8
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=64)] = 1
+    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -121,7 +123,8 @@ class AnyAggregation(Settings):
     """What all kinds of aggregation share; each is described, with its paper, in worker_server/aggregators.
 
     `max_update_norm`: what a client changed in a round (head, tail and its own adapter in the trunk) is scaled down to
-    this L2 norm where it is larger.
+    this L2 norm where it is larger. `proximal_mu`: FedProx (Li et al., arXiv 1812.06127, section 3.2): mu / 2 |w -
+    w_round|^2 is added to every client's loss, w_round what it began the round with.
     """
 
     robust: ClassVar[bool] = False
@@ -129,6 +132,7 @@ class AnyAggregation(Settings):
     least_updates: ClassVar[int] = 1
 
     max_update_norm: Annotated[float, Field(gt=0)] | None = None
+    proximal_mu: Annotated[float, Field(ge=0)] = 0.0
 
     @property
     def needs_single_updates(self) -> bool:
@@ -161,6 +165,11 @@ class FedAdam(Adaptive):
 
 class FedYogi(Adaptive):
     type: Literal["fedyogi"] = "fedyogi"
+
+
+class Scaffold(AnyAggregation):
+    type: Literal["scaffold"] = "scaffold"
+    server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
 
 
 class Median(AnyAggregation):
@@ -199,7 +208,8 @@ class MultiKrum(AnyKrum):
 
 
 Aggregation = Annotated[
-    FedAvg | FedAvgM | FedAdam | FedYogi | Median | TrimmedMean | Krum | MultiKrum, Field(discriminator="type")
+    FedAvg | FedAvgM | FedAdam | FedYogi | Scaffold | Median | TrimmedMean | Krum | MultiKrum,
+    Field(discriminator="type"),
 ]
 
 
@@ -298,7 +308,23 @@ def _aggregation_fault(job: Job) -> str | None:
             f"{name} with aggregation.byzantine={aggregation.byzantine} needs rounds of 2 x byzantine + 3 = "
             f"{2 * aggregation.byzantine + 3} clients at least; cohort.quorum is {members}"
         )
+    if isinstance(aggregation, Scaffold):
+        return _scaffold_fault(job)
     return None
+
+
+def _scaffold_fault(job: Job) -> str | None:
+    """Control variates are mean gradients, read off a client's way: it must be the sum of its steps' gradients."""
+    training = job.training
+    wants = (
+        (training.optim == "sgd", "training.optim=sgd"),
+        (training.lr_scheduler_type == "constant", "training.lr_scheduler_type=constant"),
+        (training.max_grad_norm is None, "training.max_grad_norm=null"),
+        (job.cohort.adapters == "shared", "cohort.adapters=shared"),
+        (job.aggregation.max_update_norm is None, "aggregation.max_update_norm=null"),
+    )
+    missing = [setting for holds, setting in wants if not holds]
+    return f"aggregation.type=scaffold needs {', '.join(missing)}" if missing else None
 
 
 def parse_job(values: Any, source: str) -> Job:

@@ -39,6 +39,7 @@ class ClientAdapters:
         self.training = job.training
         self.total_steps = job.total_steps
         self.limit = job.cohort.clients
+        self.proximal_mu = job.aggregation.proximal_mu
         self.routing = Routing()
         first = take_adapters(part, self.routing)
         self.shapes = {name: value.shape for name, value in first.items()}
@@ -73,11 +74,13 @@ class ClientAdapters:
         self.routing.set(tiling(tokens, weights.device), torch.split(weights, sizes, 1))
 
     def step(self, gradients: Mapping[str, Tensor]) -> None:
-        """One optimizer step of each client named, with its gradient (P,). One that overflows moves nothing."""
+        """One optimizer step of each client named, with its gradient (P,), and FedProx's. One that overflows moves
+        nothing.
+        """
         for name, gradient in gradients.items():
             adapter = self.clients[name]
             if bool(gradient.isfinite().all()):
-                adapter.vector.grad = gradient
+                adapter.vector.grad = gradient + self.proximal_mu * (adapter.vector.detach() - self.average)
             else:
                 event(logger, "step_overflowed", level=logging.WARNING, client=name, step=adapter.optimizer.steps)
             adapter.optimizer.step()

@@ -13,6 +13,7 @@ from shared.errors import CheckpointError
 from shared.job import Job
 from shared.logs import event
 from shared.model.checkpoint import Fingerprint
+from shared.payload.messages import CONTROL
 from worker_server.trunk import Trunk
 
 KEPT_CHECKPOINTS = 2
@@ -70,6 +71,11 @@ class Progress:
     def start(self) -> dict[str, Tensor]:
         """What every client's head and tail begin the round with, of what is trained in them. Raises ModelError."""
         return self.averages or self.initial()
+
+    def for_clients(self) -> dict[str, Tensor]:
+        """What every client is told at a round's start: the averages, and control variates as `control/<name>`."""
+        told = {name: value for name, value in self.aggregator.items() if name.startswith(CONTROL)}
+        return {**(self.averages or {}), **told}
 
     def complete_round(self, averages: dict[str, Tensor], aggregator: Mapping[str, Tensor] | None = None) -> None:
         """One more round is done, with these averages; on disk before anyone is told."""

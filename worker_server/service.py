@@ -373,8 +373,8 @@ class Service:
 
     def _send_averages(self, answers: Sequence[Ticket], round_: int | None) -> None:
         """RoundStart for `round_`, or Finished, with the latest averages, to those who wait for it."""
-        averages = self.engine.progress.averages or {}
-        encoded = [encode(name, tensor, "float32") for name, tensor in averages.items()]
+        told = self.engine.progress.for_clients()
+        encoded = [encode(name, tensor, "float32") for name, tensor in told.items()]
         infos = tuple(info for info, _ in encoded)
         for ticket in answers:
             session = self.sessions.get(ticket.session)

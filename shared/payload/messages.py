@@ -33,6 +33,8 @@ from shared.wire.envelope import MAX_BODY_FRAMES, Frame
 
 MAX_MESSAGE_BYTES = 4 * 2**20
 MAX_ROWS = 65_536
+# The name of a tensor's control variate (SCAFFOLD) in RoundStart and Finished: this, then the tensor's own.
+CONTROL = "control/"
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 RequestId = Annotated[int, Field(ge=1, lt=2**53)]
@@ -75,7 +77,7 @@ class Join(Message):
 
 
 class RoundStart(WithTensors):
-    """Answers Join or Update: round `round` (from 0) begins. Tensors: head and tail averages, if any.
+    """Answers Join or Update: round `round` (from 0) begins. Tensors: head and tail averages, if any; control variates.
 
     `refused`: why the Update that this answers did not count, if so.
     """

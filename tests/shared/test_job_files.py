@@ -86,6 +86,13 @@ SEPARATE = {"training": {"parts": ["head", "tail"]}}
         ({"type": "trimmed_mean", "trim_ratio": 0.1}, {"cohort": {"clients": 9}, **SEPARATE}, "takes 1/9 at least"),
         ({"type": "krum", "byzantine": 2}, {"cohort": {"clients": 6}, **SEPARATE}, "2 x byzantine + 3 = 7 clients"),
         (
+            {"type": "scaffold", "max_update_norm": 1},
+            {},
+            "scaffold needs training.optim=sgd, training.lr_scheduler_type=constant, training.max_grad_norm=null, "
+            "aggregation.max_update_norm=null",
+        ),
+        ({"type": "fedavg", "proximal_mu": 0.1}, {"training": {"parts": ["trunk"]}}, "has nothing to aggregate"),
+        (
             {"type": "multi_krum", "byzantine": 2},
             {"cohort": {"clients": 7, "quorum": 6}, **SEPARATE},
             "cohort.quorum is 6",
