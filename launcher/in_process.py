@@ -4,7 +4,7 @@ For benchmarks and tests that run many small jobs.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from worker_client.data import Row
 from worker_client.head_tail import HeadTail, load_client_parts
 from worker_client.link import Link
 from worker_client.remote_trunk import RemoteTrunk
+from worker_client.steps import Report
 from worker_client.training import Training
 from worker_server.server import Server
 from worker_server.settings import ServerSettings
@@ -39,10 +40,11 @@ JOIN_S = 600.0
 
 @dataclass(frozen=True)
 class Site:
-    """A client's rows."""
+    """A client's rows. `trunk`: what makes its remote trunk, for a client that does not do as it should."""
 
     train: Sequence[Row]
     validation: Sequence[Row] = ()
+    trunk: Callable[[Link, Job, float], RemoteTrunk] = RemoteTrunk
 
 
 @dataclass(frozen=True)
@@ -129,13 +131,19 @@ def serving(
     context.term()
 
 
-def train_one(running: Serving, name: str, site: Site, folder: Path) -> Outcome:
-    """The admitted client `name` to the end of the job."""
+def train_one(running: Serving, name: str, site: Site, folder: Path, report: Report | None = None) -> Outcome:
+    """The admitted client `name` to the end of the job; `report` hears its events as they come."""
     events: list[dict[str, Any]] = []
+
+    def heard(event: dict[str, Any]) -> None:
+        events.append(event)
+        if report is not None:
+            report(event)
+
     parts = load_client_parts(checkpoint_of(running.job), running.job)
     with running.link(name) as link:
-        trunk = RemoteTrunk(link, running.job, JOIN_S)
-        Training(running.job, parts, trunk, site.train, site.validation, folder / name, events.append).run()
+        trunk = site.trunk(link, running.job, JOIN_S)
+        Training(running.job, parts, trunk, site.train, site.validation, folder / name, heard).run()
     return Outcome(events, parts)
 
 

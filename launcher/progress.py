@@ -52,6 +52,10 @@ class ClientProgress:
                 self.progress.console.print(f"this job was finished before: its result is in {event['out']}")
             case "checkpoint_unreadable":
                 self.progress.console.print(f"{event['reason']}; the one before is used")
+            case "update_refused":
+                self.progress.console.print(
+                    f"the server left this client's update of round {event['round'] + 1} out: {event['reason']}"
+                )
             case "rounds_missed":
                 self.progress.console.print(f"the others are at round {event['round']}; joining there")
 

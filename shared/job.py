@@ -8,7 +8,7 @@ where those exist.
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -86,7 +86,8 @@ Method = Annotated[Lora | Full | Prefix | Prompt, Field(discriminator="type")]
 
 
 class Training(Settings):
-    """Each party's optimizer: AdamW (arXiv 1711.05101), a schedule over all steps, clipping by the norm of the part.
+    """Each party's optimizer: AdamW (arXiv 1711.05101) or plain SGD, a schedule over all steps, clipping by the norm of
+    the part.
 
     `from_scratch`: the model's configuration and tokenizer are used, its weights are drawn from `seed`, everywhere the
     same. A step is `gradient_accumulation_steps` batches. `trunk_dtype` is that of the trunk's frozen weights; what is
@@ -95,6 +96,7 @@ class Training(Settings):
 
     per_device_train_batch_size: Positive = 8
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=64)] = 1
+    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -117,7 +119,10 @@ class Data(Settings):
 
 
 class Rounds(Settings):
-    """`count` rounds of `local_steps` steps each; after each, clients' heads and tails are averaged (FedAvg)."""
+    """`count` rounds of `local_steps` steps each; after each, clients' heads and tails are aggregated.
+
+    `weighting`: what a mean weighs a client by, its target tokens in the round or its rows.
+    """
 
     count: Positive = 10
     local_steps: Positive = 10
@@ -151,6 +156,100 @@ class Cohort(Settings):
         return self.clients if self.quorum is None else self.quorum
 
 
+class AnyAggregation(Settings):
+    """What all kinds of aggregation share; each is described, with its paper, in worker_server/aggregators.
+
+    `max_update_norm`: what a client changed in a round (head, tail and its own adapter in the trunk) is scaled down to
+    this L2 norm where it is larger. `proximal_mu`: FedProx (Li et al., arXiv 1812.06127, section 3.2): mu / 2 |w -
+    w_round|^2 is added to every client's loss, w_round what it began the round with.
+    """
+
+    robust: ClassVar[bool] = False
+    """It compares single updates: neither sums of them nor means suffice."""
+    least_updates: ClassVar[int] = 1
+
+    max_update_norm: Annotated[float, Field(gt=0)] | None = None
+    proximal_mu: Annotated[float, Field(ge=0)] = 0.0
+
+    @property
+    def needs_single_updates(self) -> bool:
+        """Whether the server must see each client's update: what masks updates cannot go with it."""
+        return self.robust or self.max_update_norm is not None
+
+
+class FedAvg(AnyAggregation):
+    type: Literal["fedavg"] = "fedavg"
+
+
+class FedAvgM(AnyAggregation):
+    type: Literal["fedavgm"] = "fedavgm"
+    server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+class Adaptive(AnyAggregation):
+    """`tau` is the adaptivity: the larger, the nearer to FedAvgM."""
+
+    server_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Field(gt=0)] = 1e-3
+
+
+class FedAdam(Adaptive):
+    type: Literal["fedadam"] = "fedadam"
+
+
+class FedYogi(Adaptive):
+    type: Literal["fedyogi"] = "fedyogi"
+
+
+class Scaffold(AnyAggregation):
+    type: Literal["scaffold"] = "scaffold"
+    server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Median(AnyAggregation):
+    type: Literal["median"] = "median"
+    robust: ClassVar[bool] = True
+    least_updates: ClassVar[int] = 3
+
+
+class TrimmedMean(AnyAggregation):
+    """`trim_ratio` of the clients' values are left out at either end, rounded down."""
+
+    type: Literal["trimmed_mean"] = "trimmed_mean"
+    robust: ClassVar[bool] = True
+    least_updates: ClassVar[int] = 3
+    trim_ratio: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+
+    def cut(self, updates: int) -> int:
+        """How many of so many are left out at either end. A product of 2.9999999999999996 is 3."""
+        return int(self.trim_ratio * updates + 1e-9)
+
+
+class AnyKrum(AnyAggregation):
+    """`byzantine`: how many clients may send anything at all (f)."""
+
+    robust: ClassVar[bool] = True
+    least_updates: ClassVar[int] = 3
+    byzantine: Annotated[int, Field(ge=0, le=4096)] = 1
+
+
+class Krum(AnyKrum):
+    type: Literal["krum"] = "krum"
+
+
+class MultiKrum(AnyKrum):
+    type: Literal["multi_krum"] = "multi_krum"
+
+
+Aggregation = Annotated[
+    FedAvg | FedAvgM | FedAdam | FedYogi | Scaffold | Median | TrimmedMean | Krum | MultiKrum,
+    Field(discriminator="type"),
+]
+
+
 class Wire(Settings):
     """The number format of hidden states and of gradients on the wire; layouts in docs/protocol.md."""
 
@@ -169,6 +268,7 @@ class Job(Settings):
     data: Data = Data()
     rounds: Rounds = Rounds()
     cohort: Cohort = Cohort()
+    aggregation: Aggregation = FedAvg()
     wire: Wire = Wire()
 
     @model_validator(mode="after")
@@ -216,6 +316,8 @@ class Job(Settings):
                 f"a batch may hold {batch_tokens} tokens (training.per_device_train_batch_size x data.max_length), "
                 f"more than cohort.max_batch_tokens={self.cohort.max_batch_tokens}"
             )
+        if fault := _aggregation_fault(self):
+            raise ValueError(fault)
         return self
 
     @property
@@ -257,6 +359,53 @@ def _check_prompt(method: Prompt, training: Training, data: Data) -> None:
             f"method.num_virtual_tokens={method.num_virtual_tokens} leaves no room for rows in "
             f"data.max_length={data.max_length}, which counts both"
         )
+
+
+def _aggregation_fault(job: Job) -> str | None:
+    """What contradicts the job's aggregation, if anything does."""
+    aggregation, members = job.aggregation, job.cohort.needed
+    name = f"aggregation.type={aggregation.type}"
+    per_client = job.cohort.adapters == "per_client"
+    at_clients = bool({"head", "tail"} & set(job.training.parts))
+    if aggregation != FedAvg() and not at_clients and not per_client:
+        return (
+            f"aggregation (type={aggregation.type}) has nothing to aggregate: add head or tail to training.parts, or "
+            "set cohort.adapters=per_client"
+        )
+    if aggregation.robust and "trunk" in job.training.parts and not per_client:
+        return (
+            f"{name} cannot look at a trunk that all train at once: set cohort.adapters=per_client, or leave trunk out "
+            "of training.parts"
+        )
+    if members < aggregation.least_updates:
+        return f"{name} needs rounds of {aggregation.least_updates} clients at least; cohort.quorum is {members}"
+    if isinstance(aggregation, TrimmedMean) and aggregation.cut(members) == 0:
+        return (
+            f"aggregation.trim_ratio={aggregation.trim_ratio:g} of {members} clients (cohort.quorum) leaves nobody "
+            f"out: it takes 1/{members} at least"
+        )
+    if isinstance(aggregation, AnyKrum) and members < 2 * aggregation.byzantine + 3:
+        return (
+            f"{name} with aggregation.byzantine={aggregation.byzantine} needs rounds of 2 x byzantine + 3 = "
+            f"{2 * aggregation.byzantine + 3} clients at least; cohort.quorum is {members}"
+        )
+    if isinstance(aggregation, Scaffold):
+        return _scaffold_fault(job)
+    return None
+
+
+def _scaffold_fault(job: Job) -> str | None:
+    """Control variates are mean gradients, read off a client's way: it must be the sum of its steps' gradients."""
+    training = job.training
+    wants = (
+        (training.optim == "sgd", "training.optim=sgd"),
+        (training.lr_scheduler_type == "constant", "training.lr_scheduler_type=constant"),
+        (training.max_grad_norm is None, "training.max_grad_norm=null"),
+        (job.cohort.adapters == "shared", "cohort.adapters=shared"),
+        (job.aggregation.max_update_norm is None, "aggregation.max_update_norm=null"),
+    )
+    missing = [setting for holds, setting in wants if not holds]
+    return f"aggregation.type=scaffold needs {', '.join(missing)}" if missing else None
 
 
 def parse_job(values: Any, source: str) -> Job:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from shared.errors import SchemaError
 from shared.job import Job
 from shared.payload.messages import (
+    CONTROL,
     Backward,
     Finished,
     Forward,
@@ -28,11 +29,17 @@ from worker_client.link import Answer, Link
 
 @dataclass(frozen=True)
 class Boundary:
-    """Between rounds: the round to train next, or None when the job is finished, and the averages of head and tail."""
+    """Between rounds: the round to train next, or None when the job is finished, and the averages of head and tail.
+
+    `control`: the server's control variates (SCAFFOLD), if it has any yet. `refused`: why the update of the round
+    before did not count, if so.
+    """
 
     round: int | None
     members: int
     averages: dict[str, Tensor]
+    control: dict[str, Tensor] = field(default_factory=dict)
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,13 +144,15 @@ class RemoteTrunk:
     def _boundary(self, message: Join | Update, frames: list[memoryview]) -> Boundary:
         answer = self._call(message, frames)
         reply = _expect(answer, RoundStart, Finished)
-        averages = {
+        tensors = {
             info.name: decode(info, frame, dtype="float32")
             for info, frame in zip(reply.tensors, answer.frames, strict=True)
         }
+        control = {name.removeprefix(CONTROL): t for name, t in tensors.items() if name.startswith(CONTROL)}
+        averages = {name: t for name, t in tensors.items() if not name.startswith(CONTROL)}
         if isinstance(reply, Finished):
-            return Boundary(None, 0, averages)
-        return Boundary(reply.round, reply.members, averages)
+            return Boundary(None, 0, averages, control, reply.refused)
+        return Boundary(reply.round, reply.members, averages, control, reply.refused)
 
     def _call(self, message: Any, frames: list[memoryview]) -> Answer:
         return self.link.call(message, frames, timeout_s=self.timeout_s)

@@ -18,6 +18,7 @@ from shared.job import Job
 from shared.model.optimizer import PartOptimizer
 from worker_client.batches import Batch, batch_indices, pack_rows
 from worker_client.data import Row
+from worker_client.drift import Drift
 from worker_client.head_tail import HeadTail
 from worker_client.pipeline import schedule
 from worker_client.remote_trunk import Pending, RemoteTrunk
@@ -51,6 +52,7 @@ class Steps:
     rows: Sequence[Row]
     optimizer: PartOptimizer
     report: Report
+    drift: Drift
 
     def train_round(self, round: int) -> int:
         """All local steps of `round`; the number of target tokens trained on."""
@@ -148,6 +150,7 @@ class Steps:
                 self.parts.take(underway.version)
 
     def _end_step(self, round: int, batches: Sequence[Underway], began: float) -> None:
+        self.drift.correct(self.parts.parameters)
         self.optimizer.step()
         self.report(
             {

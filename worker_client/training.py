@@ -15,6 +15,7 @@ from shared.model.optimizer import PartOptimizer
 from shared.model.trainable import load_trained
 from worker_client.batches import pack_rows
 from worker_client.data import Row
+from worker_client.drift import begin, next_control
 from worker_client.head_tail import NO_SCORE, HeadTail, Score
 from worker_client.remote_trunk import Boundary, RemoteTrunk
 from worker_client.steps import Report, Steps
@@ -36,6 +37,8 @@ class Training:
     report: Report
     optimizer: PartOptimizer = field(init=False)
     completed: int = field(init=False, default=0)
+    control: dict[str, Tensor] = field(init=False, default_factory=dict)
+    """SCAFFOLD's control variate of this client, c_i, by name; empty before its first round, and without SCAFFOLD."""
 
     def __post_init__(self) -> None:
         self.optimizer = self._fresh_optimizer()
@@ -51,20 +54,30 @@ class Training:
             self.report({"event": "round", "round": boundary.round, "members": boundary.members})
             if boundary.round % self.job.rounds.evaluate_every == 0:
                 score = self._evaluate(boundary.round)
-            weight = self._train_round(boundary.round)
+            control = self.control
+            weight = self._train_round(boundary)
             self.completed = boundary.round + 1
             self._save()
             if self.job.rounds.weighting == "rows":
                 weight = len(self.rows)
-            boundary = self.trunk.update(boundary.round, weight, self._trained())
+            trained = boundary.round
+            boundary = self.trunk.update(trained, weight, self._trained())
+            if boundary.refused is not None:
+                self.report({"event": "update_refused", "round": trained, "reason": boundary.refused})
+                self.control = control  # the server's does not know of this round's
+                self._save()
         self._apply(boundary)
         score = self._evaluate(self.job.rounds.count)
         self.report({"event": "finished", "rounds": self.job.rounds.count})
         return score
 
-    def _train_round(self, round: int) -> int:
-        steps = Steps(self.job, self.parts, self.trunk, self.rows, self.optimizer, self.report)
-        return steps.train_round(round)
+    def _train_round(self, boundary: Boundary) -> int:
+        assert boundary.round is not None
+        drift = begin(self.job, self.parts.parameters, boundary.control, self.control)
+        steps = Steps(self.job, self.parts, self.trunk, self.rows, self.optimizer, self.report, drift)
+        weight = steps.train_round(boundary.round)
+        self.control = next_control(self.job, drift, self.parts.parameters)
+        return weight
 
     def _evaluate(self, round: int) -> Score | None:
         """The joint model on the validation rows, in batches of the training size."""
@@ -102,12 +115,13 @@ class Training:
         return {name: parameter.detach() for name, parameter in self.parts.parameters.items()}
 
     def _apply(self, boundary: Boundary) -> None:
-        """Take over the averages. Raises TensorError if they are not those of this head and tail."""
+        """Take over the averages. Raises TensorError if they, or control variates, do not fit this head and tail."""
+        expected = {name: parameter.shape for name, parameter in self.parts.parameters.items()}
+        for told in (boundary.averages, boundary.control):
+            if told and {name: value.shape for name, value in told.items()} != expected:
+                raise TensorError("the server's averages do not fit this client's head and tail")
         if not boundary.averages:
             return
-        expected: Mapping[str, Tensor] = self.parts.parameters
-        if {n: t.shape for n, t in boundary.averages.items()} != {n: p.shape for n, p in expected.items()}:
-            raise TensorError("the server's averages do not fit this client's head and tail")
         load_trained(self.parts.parameters, boundary.averages)
 
     def _resume(self) -> None:
@@ -141,6 +155,7 @@ class Training:
         self.optimizer = self._fresh_optimizer()
         self.optimizer.load_state(_under("optimizer/", tensors), float(facts["steps"]))
         torch.set_rng_state(tensors["random/torch"])
+        self.control = _under("control/", tensors)
         self.completed = number
         self.report({"event": "resumed", "round": number})
 
@@ -150,6 +165,7 @@ class Training:
     def _save(self) -> None:
         tensors = {f"trained/{name}": value for name, value in self._trained().items()}
         tensors |= {f"optimizer/{name}": value for name, value in self.optimizer.state().items()}
+        tensors |= {f"control/{name}": value for name, value in self.control.items()}
         tensors["random/torch"] = torch.get_rng_state()
         facts = {"job": self.job.digest().hex(), "steps": self.optimizer.steps}
         state_files.save(self.out, self.completed, tensors, facts, keep=KEPT_CHECKPOINTS)

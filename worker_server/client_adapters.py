@@ -1,9 +1,9 @@
-"""The clients' own adapters: who has which, their optimizers, their average at a round's end, their state.
+"""The clients' own adapters: who has which, their optimizers, what they begin a round with, their state.
 
 A client's adapter is one flat vector (P,) of all its LoRA weights, or of its prefixes in all layers. It takes the
 gradient of that client's own mean loss and steps by an optimizer of its own, as if the client had a server for itself
 ("server-hierarchical" in the appendix of FL-GLM, arXiv 2406.14898). Moments and schedules stay with their clients;
-weights are averaged.
+weights are aggregated with those of head and tail, as one update of that client.
 """
 
 import logging
@@ -18,7 +18,6 @@ from shared.job import Job, Prefix
 from shared.logs import event
 from shared.model.carve import Part
 from shared.model.optimizer import PartOptimizer
-from worker_server.aggregation import weighted_mean
 from worker_server.per_client import Routing, take_adapters
 from worker_server.per_client_prefix import take_prefixes
 
@@ -41,6 +40,7 @@ class ClientAdapters:
         self.training = job.training
         self.total_steps = job.total_steps
         self.limit = job.cohort.clients
+        self.proximal_mu = job.aggregation.proximal_mu
         self.routing = Routing()
         take = take_prefixes if isinstance(job.method, Prefix) else take_adapters
         first = take(part, self.routing)
@@ -76,21 +76,21 @@ class ClientAdapters:
         self.routing.set(lengths, torch.split(weights, sizes, 1), weights.device)
 
     def step(self, gradients: Mapping[str, Tensor]) -> None:
-        """One optimizer step of each client named, with its gradient (P,). One that overflows moves nothing."""
+        """One optimizer step of each client named, with its gradient (P,), and FedProx's. One that overflows moves
+        nothing.
+        """
         for name, gradient in gradients.items():
             adapter = self.clients[name]
             if bool(gradient.isfinite().all()):
-                adapter.vector.grad = gradient
+                adapter.vector.grad = gradient + self.proximal_mu * (adapter.vector.detach() - self.average)
             else:
                 event(logger, "step_overflowed", level=logging.WARNING, client=name, step=adapter.optimizer.steps)
             adapter.optimizer.step()
 
-    def end_round(self, weights: Mapping[str, int]) -> None:
-        """Average the adapters of the clients named, so weighted; all go on from there."""
-        members = [
-            (weight, {VECTOR: self.clients[n].vector.detach()}) for n, weight in weights.items() if n in self.clients
-        ]
-        self.go_on_from(weighted_mean(members)[VECTOR] if members else self.average)
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """A vector (P,) as peft's A and B, by global name: views."""
+        pieces = torch.split(vector, [prod(shape) for shape in self.shapes.values()])
+        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
 
     def go_on_from(self, average: Tensor) -> None:
         """Let every client continue with these weights, (P,)."""
@@ -101,11 +101,7 @@ class ClientAdapters:
 
     def state(self) -> dict[str, Tensor]:
         """The average as `trunk/<parameter>`, shaped as peft has it; the rest as `client/<name>/...`."""
-        pieces = torch.split(self.average, [prod(shape) for shape in self.shapes.values()])
-        state = {
-            f"trunk/{name}": piece.view(shape).clone()
-            for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)
-        }
+        state = {f"trunk/{name}": piece.clone() for name, piece in self.split(self.average).items()}
         for client, adapter in self.clients.items():
             state[f"client/{client}/{VECTOR}"] = adapter.vector.detach().clone()
             state[f"client/{client}/steps"] = torch.tensor(adapter.optimizer.steps, dtype=torch.float64)

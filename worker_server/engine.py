@@ -6,16 +6,17 @@ It knows no sockets and no sessions. An error in it is kept and raised to whoeve
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import assert_never
 
 import torch
 from torch import Tensor
 
-from worker_server.aggregation import weighted_mean
+from worker_server.aggregators.method import Update
 from worker_server.progress import Progress
 from worker_server.replicas import Replicas
+from worker_server.round_end import aggregate
 from worker_server.streams import StreamCaches
 from worker_server.work import (
     Aggregate,
@@ -34,19 +35,22 @@ QUEUE_LENGTH = 64
 
 @dataclass(frozen=True)
 class Computed:
-    """The outcome of `work`: a tensor for each ticket, where there is one to send. Monotonic times."""
+    """The outcome of `work`: a tensor for each ticket, where there is one to send. Monotonic times.
+
+    `bounded`: how many updates were scaled down.
+    """
 
     work: Work
     answers: tuple[tuple[Ticket, Tensor | None], ...] = ()
     began: float = 0.0
     ended: float = 0.0
+    bounded: int = 0
 
 
 class Engine:
     """Works from `start()` to `stop()`; `wake` is called after each outcome, from the compute thread.
 
-    `threads`: how many it computes with; None leaves torch's choice. `replicas`: with whom rounds are averaged, and
-    `update_shapes` what clients hand in, for a replica that has none.
+    `threads`: how many it computes with; None leaves torch's choice. `replicas`: with whom rounds are averaged.
     """
 
     def __init__(
@@ -55,13 +59,11 @@ class Engine:
         wake: Callable[[], None],
         threads: int | None = None,
         replicas: Replicas | None = None,
-        update_shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.progress = progress
         self.wake = wake
         self.threads = threads
         self.replicas = replicas
-        self.update_shapes = update_shapes or {}
         self.caches = StreamCaches()
         self.works: queue.Queue[Work | None] = queue.Queue(QUEUE_LENGTH)
         self.outcomes: queue.SimpleQueue[Computed | Exception] = queue.SimpleQueue()
@@ -127,26 +129,34 @@ class Engine:
                 pairs = zip(present, results, strict=True)
                 return Computed(work, tuple((ticket, result) for ticket, result in pairs if ticket is not None))
             case Aggregate(round_, updates):
-                self._end_round(round_, updates)
-                return Computed(work)
+                return Computed(work, bounded=self._end_round(round_, updates))
             case Restore(round_):
                 self.progress.restore(round_)
                 return Computed(work)
             case _:
                 assert_never(work)
 
-    def _end_round(self, round: int, updates: Sequence[Ticket]) -> None:
-        """The means of heads and tails, and with several replicas of their trunks; then a checkpoint."""
-        trunk = self.progress.trunk
-        mean = weighted_mean([(ticket.weight, ticket.payload) for ticket in updates]) if updates else {}
-        trunk.end_round({ticket.client: ticket.weight for ticket in updates})
+    def _end_round(self, round: int, tickets: Sequence[Ticket]) -> int:
+        """Heads, tails and per-client adapters aggregated, replicas' trunks averaged; then a checkpoint.
+
+        How many updates were scaled down.
+        """
+        progress, trunk = self.progress, self.progress.trunk
+        heads_and_tails = progress.start()
+        start = {**heads_and_tails, **trunk.own_start()}
+        updates = [
+            Update(ticket.client, ticket.weight, {**ticket.payload, **trunk.own_values(ticket.client)})
+            for ticket in tickets
+        ]
         if self.replicas is not None:
             self.replicas.announce_end(round)
-            weight = sum(ticket.weight for ticket in updates)
-            empty = {name: torch.zeros(shape) for name, shape in self.update_shapes.items()}
-            mean = self.replicas.mean(mean or empty, weight)
+        result = aggregate(progress.job, start, updates, progress.aggregator, self.replicas)
+        trunk.end_round({name: value for name, value in result.values.items() if name not in heads_and_tails})
+        if self.replicas is not None:
+            weight = sum(ticket.weight for ticket in tickets)
             trunk.take_round_values(self.replicas.mean(trunk.round_values(), weight))
-        self.progress.complete_round(mean)
+        progress.complete_round({name: result.values[name] for name in heads_and_tails}, result.state)
+        return result.bounded
 
 
 def _answered(work: Work, tickets: tuple[Ticket, ...], outputs: list[Tensor]) -> Computed:

@@ -71,7 +71,12 @@ class Intake:
         )
 
     def update(self, session: Session, message: Update, frames: Sequence[Frame]) -> Ticket:
-        """Raises TensorError unless exactly the expected tensors came, in float32."""
+        """Raises TensorError unless exactly the expected tensors came, in float32; Refused for too large a weight."""
+        if message.weight > self.most_tokens_of_a_round and self.job.rounds.weighting == "tokens":
+            raise Refused(
+                f"a weight of {message.weight}; a round has {self.most_tokens_of_a_round} target tokens at most",
+                reason="weight",
+            )
         names = [info.name for info in message.tensors]
         if len(set(names)) != len(names) or set(names) != set(self.update_shapes):
             odd = sorted(set(names) ^ set(self.update_shapes))
@@ -81,6 +86,13 @@ class Intake:
             for info, frame in zip(message.tensors, frames, strict=True)
         }
         return Ticket(session.id, session.client, message.request, values, weight=message.weight)
+
+    @property
+    def most_tokens_of_a_round(self) -> int:
+        """What one client can have trained on."""
+        training = self.job.training
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * self.job.rounds.local_steps
+        return rows * self.max_length
 
 
 def _only(tensors: Sequence[TensorInfo]) -> TensorInfo:

@@ -38,6 +38,11 @@ class ServerMetrics(Collector):
         passed.add_metric(["up"], sum(connection.bytes_received for connection in self.service.brokers.connections))
         passed.add_metric(["down"], sum(connection.bytes_sent for connection in self.service.brokers.connections))
         yield passed
+        yield CounterMetricFamily(
+            "flglm_server_updates_bounded",
+            "Updates scaled down to aggregation.max_update_norm.",
+            value=self.service.counters["updates_bounded"],
+        )
         refused = CounterMetricFamily("flglm_server_refusals", "Messages and sessions refused.", labels=["code"])
         for name, count in self.service.counters.copy().items():
             if name.startswith(REFUSED):

@@ -1,8 +1,10 @@
-"""What the server keeps between rounds, on disk at each boundary: the trunk's state, averaged heads and tails."""
+"""What the server keeps between rounds, on disk at each boundary: the trunk's state, aggregated heads and tails, and
+the aggregator's state."""
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -12,6 +14,7 @@ from shared.errors import CheckpointError
 from shared.job import Job
 from shared.logs import event
 from shared.model.checkpoint import Fingerprint
+from shared.payload.messages import CONTROL
 from worker_server.trunk import Trunk
 
 KEPT_CHECKPOINTS = 2
@@ -23,7 +26,8 @@ logger = logging.getLogger(__name__)
 class Progress:
     """`round` completed rounds; `averages` of head and tail by global name (empty before the first).
 
-    `kept_at`: when (monotonic) the checkpoint of that round was written or read.
+    `initial`: what head and tail begin with; `aggregator`: the state of its method of aggregation. `kept_at`: when
+    (monotonic) the checkpoint of that round was written or read.
     """
 
     folder: Path
@@ -32,6 +36,8 @@ class Progress:
     trunk: Trunk
     round: int = 0
     averages: dict[str, Tensor] | None = None
+    initial: Callable[[], dict[str, Tensor]] = dict
+    aggregator: Mapping[str, Tensor] = field(default_factory=dict)
     kept_at: float | None = None
 
     @property
@@ -62,18 +68,30 @@ class Progress:
         averages = {name.removeprefix("average/"): t for name, t in tensors.items() if name.startswith("average/")}
         self.trunk.load_state(tensors, float(facts["steps"]))
         self.averages = averages
+        self.aggregator = {n.removeprefix("aggregator/"): t for n, t in tensors.items() if n.startswith("aggregator/")}
         self.round = number
         self.kept_at = time.monotonic()
 
-    def complete_round(self, averages: dict[str, Tensor]) -> None:
+    def start(self) -> dict[str, Tensor]:
+        """What every client's head and tail begin the round with, of what is trained in them. Raises ModelError."""
+        return self.averages or self.initial()
+
+    def for_clients(self) -> dict[str, Tensor]:
+        """What every client is told at a round's start: the averages, and control variates as `control/<name>`."""
+        told = {name: value for name, value in self.aggregator.items() if name.startswith(CONTROL)}
+        return {**(self.averages or {}), **told}
+
+    def complete_round(self, averages: dict[str, Tensor], aggregator: Mapping[str, Tensor] | None = None) -> None:
         """One more round is done, with these averages; on disk before anyone is told."""
         self.averages = averages
+        self.aggregator = aggregator or {}
         self.round += 1
         self.save()
 
     def save(self) -> None:
         """Write `checkpoint-<round>`. Raises CheckpointError if the disk refuses."""
         tensors = self.trunk.state() | {f"average/{name}": t for name, t in (self.averages or {}).items()}
+        tensors |= {f"aggregator/{name}": t for name, t in self.aggregator.items()}
         facts = {
             "job": self.job.digest().hex(),
             "model": vars(self.fingerprint),

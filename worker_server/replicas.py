@@ -124,8 +124,14 @@ class Replicas:
         self._reduce(value, dist.ReduceOp.MIN)
         return int(value)
 
+    def total(self, count: int) -> int:
+        """The sum of all replicas' `count`."""
+        value = torch.tensor([count], dtype=torch.int64, device=self.device)
+        self._reduce(value, dist.ReduceOp.SUM)
+        return int(value)
+
     def mean(self, values: Mapping[str, Tensor], weight: int) -> dict[str, Tensor]:
-        """The mean over all replicas, weighted, float32: the same on each. Sums are float64.
+        """The mean over all replicas, weighted, of the values' own type: the same on each. Sums are float64.
 
         `values`: the same names and shapes everywhere. With no weight anywhere they are returned as they are.
         """
@@ -139,7 +145,7 @@ class Replicas:
             return dict(values)
         pieces = torch.split(total[:-1] / total[-1], [value.numel() for value in values.values()])
         return {
-            name: piece.view(value.shape).to(value.device, torch.float32)
+            name: piece.view(value.shape).to(value.device, value.dtype)
             for (name, value), piece in zip(values.items(), pieces, strict=True)
         }
 

@@ -5,6 +5,8 @@
 The members of a round are fixed when it begins; who joins later waits for the next. A member that leaves, or keeps the
 others waiting past the deadline, is left behind: it may join again for the next round. A round with fewer members left
 than the quorum is undone (`Restore`), the others are sent back to its beginning (`Dismiss`), and it begins anew.
+A member whose update is refused has done its part: the round ends without that update, the member stays. Undoing the
+round would bring the same update again.
 
 How the steps of a round are trained is for the two kinds of it: in lockstep (worker_server/lockstep.py) or greedily
 (worker_server/greedy.py).
@@ -223,7 +225,8 @@ class Rounds(ABC):
         if self.stage != "training" or not self.active.keys() <= self.updates.keys():
             return []
         self.stage = "aggregating"
-        return [Aggregate(self.round, in_order(t for s, t in self.updates.items() if s in self.active))]
+        counted = (t for s, t in self.updates.items() if s in self.active and t.refused is None)
+        return [Aggregate(self.round, in_order(counted))]
 
     def _drop(self, sessions: Iterable[bytes], now: float) -> list[Instruction]:
         gone = [session for session in sessions if self.active.pop(session, None) is not None]

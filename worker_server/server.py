@@ -16,7 +16,7 @@ from shared.model.checkpoint import checkpoint_of
 from shared.model.families import context_length
 from shared.model.methods import longest_row
 from shared.model.plan import SplitPlan
-from shared.model.trainable import make_trainable, update_shapes
+from shared.model.trainable import initial_values, make_trainable, update_shapes
 from shared.monitoring import Health, new_registry
 from shared.payload.messages import Welcome
 from shared.wire.connection import hello
@@ -112,7 +112,9 @@ class Server:
         )
         place = place_of(self.settings)
         state = self.settings.state if place is None else self.settings.state / f"replica-{place.replica}"
-        progress = self.progress = Progress(state, self.job, fingerprint, trunk)
+        progress = self.progress = Progress(
+            state, self.job, fingerprint, trunk, initial=lambda: initial_values(checkpoint, plan, self.job)
+        )
         progress.begin()
         shapes = update_shapes(checkpoint.config, plan, self.job)
         name = key_digest(self.identity.public)
@@ -143,7 +145,7 @@ class Server:
                         self.job.prefix_tokens,
                     )
                 ),
-                Engine(progress, waker.wake, self.settings.threads, replicas, shapes),
+                Engine(progress, waker.wake, self.settings.threads, replicas),
                 brokers,
                 waker,
                 Welcome(
@@ -168,6 +170,12 @@ class Server:
             return
         if place.replicas > self.job.cohort.clients:
             raise JobError(f"{place.replicas} replicas for {self.job.cohort.clients} clients (cohort.clients)")
+        if self.job.aggregation.robust:
+            raise JobError(
+                f"aggregation.type={self.job.aggregation.type} compares all clients' updates, and each of "
+                f"{place.replicas} replicas has only its own clients'",
+                hint="run one server, or another aggregation.type (with max_update_norm)",
+            )
         replicas = Replicas(place, device_of(self.settings), self.settings.replica_timeout_s)
         try:
             earliest = replicas.earliest(progress.round)

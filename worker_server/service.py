@@ -9,7 +9,7 @@ from enum import Enum
 import zmq
 from torch import Tensor
 
-from shared.errors import ConnectionFailed, FlglmError, PeerError, Refused
+from shared.errors import ConnectionFailed, FlglmError, PeerError, Refused, TensorError
 from shared.logs import event
 from shared.monitoring import Health
 from shared.payload.messages import (
@@ -256,10 +256,19 @@ class Service:
             case Backward():
                 return self.rounds.backward(self.intake.backward(session, message, frames), now)
             case Update():
-                return self.rounds.update(self.intake.update(session, message, frames), message.round, now)
+                return self.rounds.update(self._update(session, message, frames), message.round, now)
             case Leave():
                 self._left(session.id, "left", now)
                 return []
+
+    def _update(self, session: Session, message: Update, frames: Sequence[Frame]) -> Ticket:
+        """The update, or a ticket that says why it does not count."""
+        try:
+            return self.intake.update(session, message, frames)
+        except (TensorError, Refused) as error:
+            self._count_refusal(error, session.id)
+            reason = error.message[:MAX_REASON_CHARS]
+            return Ticket(session.id, session.client, message.request, None, refused=reason)
 
     def _supersede(self, session: Session, now: float) -> None:
         """End older sessions of this client: it was killed and is back before the broker has missed it."""
@@ -331,6 +340,7 @@ class Service:
                 waits.append(outcome.began - session.unanswered.pop(ticket.request, outcome.began))
                 self._answer(session, outcome, ticket, tensor)
         self.metrics.computed(waits, outcome.ended - outcome.began)
+        self.counters["updates_bounded"] += outcome.bounded
         if isinstance(outcome.work, RunForward | RunEvaluation | RunGeneration):
             self.metrics.forward([ticket.tokens for ticket in outcome.work.tickets])
         match outcome.work:
@@ -363,18 +373,19 @@ class Service:
 
     def _send_averages(self, answers: Sequence[Ticket], round_: int | None) -> None:
         """RoundStart for `round_`, or Finished, with the latest averages, to those who wait for it."""
-        averages = self.engine.progress.averages or {}
-        encoded = [encode(name, tensor, "float32") for name, tensor in averages.items()]
+        told = self.engine.progress.for_clients()
+        encoded = [encode(name, tensor, "float32") for name, tensor in told.items()]
         infos = tuple(info for info, _ in encoded)
         for ticket in answers:
             session = self.sessions.get(ticket.session)
             if session is None:
                 continue
+            request, refused = ticket.request, ticket.refused
             answer: Message
             if round_ is None:
-                answer = Finished(request=ticket.request, rounds=self.rounds.round, tensors=infos)
+                answer = Finished(request=request, rounds=self.rounds.round, refused=refused, tensors=infos)
             else:
-                answer = RoundStart(request=ticket.request, round=round_, members=len(answers), tensors=infos)
+                answer = RoundStart(request=request, round=round_, members=len(answers), refused=refused, tensors=infos)
             self._send(session, answer, [frame for _, frame in encoded])
 
     def _send(self, session: Session, message: Message, tensors: Sequence[Frame] = ()) -> None:

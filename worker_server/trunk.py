@@ -123,25 +123,28 @@ class Trunk:
         self.optimizer.step(steps)
         self._version = None
 
-    def end_round(self, weights: Mapping[str, int]) -> None:
-        """The clients named complete a round, weighted so: per-client adapters are averaged."""
+    def own_start(self) -> dict[str, Tensor]:
+        """What all per-client adapters began the round with, by global name; nothing where all share one."""
+        return {} if self.clients is None else self.clients.split(self.clients.average)
+
+    def own_values(self, client: str) -> dict[str, Tensor]:
+        """This client's adapter as it is now, named as `own_start`."""
+        return {} if self.clients is None else self.clients.split(self.clients.stack([client])[0])
+
+    def end_round(self, own: Mapping[str, Tensor]) -> None:
+        """The round is over: per-client adapters go on from `own`, named as `own_start`."""
         self._forget()
         if self.clients is not None:
-            self.clients.end_round(weights)
+            self.clients.go_on_from(torch.cat([own[name].flatten() for name in self.clients.shapes]))
 
     def round_values(self) -> dict[str, Tensor]:
-        """What replicas average at a round's end: the trained parameters, or the average of the clients' own."""
-        if self.clients is not None:
-            return {"adapter": self.clients.average}
+        """What replicas average at a round's end beside all updates: the parameters that all clients train."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def take_round_values(self, values: Mapping[str, Tensor]) -> None:
-        """Go on from `values`, shaped as `round_values`."""
-        if self.clients is not None:
-            self.clients.go_on_from(values["adapter"])
-        else:
-            load_trained(self.parameters, values)
-            self._version = None
+        """Go on from `values`, named as `round_values`."""
+        load_trained(self.parameters, values)
+        self._version = None
 
     @torch.no_grad()
     def evaluate(self, cohort: Sequence[Rows]) -> list[Tensor]:

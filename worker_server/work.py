@@ -10,7 +10,8 @@ class Ticket:
     """One client's request: what the state machine must know, and a payload that it carries unread.
 
     `weight` is the number of target tokens (Forward) or what the average is weighted by (Update); for Backward,
-    `forward` is the request whose gradient this is; for Generate, `stream` is what its rows continue.
+    `forward` is the request whose gradient this is; for Generate, `stream` is what its rows continue. `refused`: why an
+    Update does not count; its sender is as much a member as before.
     """
 
     session: bytes
@@ -21,6 +22,7 @@ class Ticket:
     weight: int = 0
     forward: int = 0
     stream: int = 0
+    refused: str | None = None
 
 
 @dataclass(frozen=True)

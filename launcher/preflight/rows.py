@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from launcher.preflight.checks import Check, fail, ok, warn
-from shared.errors import DataError, JobError, ModelError, UsageError
+from shared.errors import JobError, ModelError, UsageError
 from shared.job import Job
 from shared.model.checkpoint import Checkpoint
 from shared.model.families import context_length

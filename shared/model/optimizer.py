@@ -1,4 +1,4 @@
-"""The optimizer that each party runs over the part it holds: AdamW, schedule, clipping; and its state as tensors."""
+"""The optimizer that each party runs over the part it holds: AdamW or SGD, schedule, clipping; its state as tensors."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from shared.job import Training
 
 
 class PartOptimizer:
-    """AdamW with the job's schedule over `total_steps`, clipped by the norm of these parameters.
+    """The job's optimizer with its schedule over `total_steps`, clipped by the norm of these parameters.
 
     `parameters` by name; with none, a step does nothing. Schedules are those of transformers; `steps` is where the
     schedule is, which where every step counts as one is the number of steps.
@@ -22,16 +22,10 @@ class PartOptimizer:
         self.steps = 0.0
         if not self.parameters:
             return
-        self.adamw = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=training.learning_rate,
-            betas=(training.adam_beta1, training.adam_beta2),
-            eps=training.adam_epsilon,
-            weight_decay=training.weight_decay,
-        )
+        self.optimizer = _optimizer(self.parameters, training)
         self.schedule = get_scheduler(
             training.lr_scheduler_type,
-            self.adamw,
+            self.optimizer,
             num_warmup_steps=round(training.warmup_ratio * total_steps),
             num_training_steps=total_steps,
         )
@@ -43,15 +37,15 @@ class PartOptimizer:
             return
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
-        self.adamw.step()
+        self.optimizer.step()
         self._set_rates()
-        self.adamw.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """AdamW's moments and step counts, by `<field>/<parameter>`: plain tensors, no pickle."""
+        """AdamW's moments and step counts (SGD has none), by `<field>/<parameter>`: plain tensors, no pickle."""
         state: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            for field, value in self.adamw.state.get(parameter, {}).items():
+            for field, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"{field}/{name}"] = value.detach().clone()
         return state
 
@@ -60,19 +54,31 @@ class PartOptimizer:
         self.steps = steps
         if not self.parameters:
             return
-        self.adamw.zero_grad(set_to_none=True)
-        self.adamw.state.clear()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
         for name, parameter in self.parameters.items():
             fields = {
                 f: state[f"{f}/{name}"].clone() for f in ("step", "exp_avg", "exp_avg_sq") if f"{f}/{name}" in state
             }
             if fields:
-                self.adamw.state[parameter] = fields
+                self.optimizer.state[parameter] = fields
         self._set_rates()
 
     def _set_rates(self) -> None:
         # The schedule is a function of the position alone.
         for group, base, rule in zip(
-            self.adamw.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
         ):
             group["lr"] = base * rule(self.steps)
+
+
+def _optimizer(parameters: Mapping[str, nn.Parameter], training: Training) -> torch.optim.Optimizer:
+    if training.optim == "sgd":
+        return torch.optim.SGD(parameters.values(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    return torch.optim.AdamW(
+        parameters.values(),
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_epsilon,
+        weight_decay=training.weight_decay,
+    )

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.job import Job
-from shared.model.carve import Part, empty_part, tie
+from shared.job import Job, Lora
+from shared.model.carve import Part, empty_part, load_head_and_tail, tie
+from shared.model.checkpoint import Checkpoint
 from shared.model.methods import METHODS
+from shared.model.methods.lora import drawn_a
 from shared.model.plan import SplitPlan
 
 
@@ -41,6 +43,25 @@ def update_shapes(config: Any, plan: SplitPlan, job: Job) -> dict[str, tuple[int
         with torch.device("meta"):
             make_trainable(part, job)
     return {name: tuple(parameter.shape) for name, parameter in trained([head, tail]).items()}
+
+
+def initial_values(checkpoint: Checkpoint, plan: SplitPlan, job: Job) -> dict[str, Tensor]:
+    """What every client's head and tail begin with, of what is trained in them, by global name: float32.
+
+    LoRA's follow from seed and names, and no weights are read; what else is trained needs the checkpoint. Raises
+    ModelError.
+    """
+    if not {"head", "tail"} & set(job.training.parts):
+        return {}
+    if isinstance(job.method, Lora) and not job.method.use_dora:
+        return {
+            name: drawn_a(name, shape, job.training.seed) if ".lora_A." in name else torch.zeros(shape)
+            for name, shape in update_shapes(checkpoint.config, plan, job).items()
+        }
+    parts = load_head_and_tail(checkpoint, plan)
+    for part in parts:
+        make_trainable(part, job)
+    return {name: parameter.detach() for name, parameter in trained(parts).items()}
 
 
 def load_trained(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:

@@ -35,9 +35,12 @@ from shared.wire.envelope import MAX_BODY_FRAMES, Frame
 
 MAX_MESSAGE_BYTES = 4 * 2**20
 MAX_ROWS = 65_536
+# The name of a tensor's control variate (SCAFFOLD) in RoundStart and Finished: this, then the tensor's own.
+CONTROL = "control/"
 
 RequestId = Annotated[int, Field(ge=1, lt=2**53)]
 Lengths = Annotated[tuple[Annotated[int, Field(ge=1, le=1_048_576)], ...], Field(min_length=1, max_length=MAX_ROWS)]
+Reason = Annotated[str, Field(max_length=500)]
 Purpose = Literal["train", "evaluate"]
 
 
@@ -70,12 +73,16 @@ class Join(Message):
 
 
 class RoundStart(WithTensors):
-    """Answers Join or Update: round `round` (from 0) begins. Tensors: head and tail averages, if any."""
+    """Answers Join or Update: round `round` (from 0) begins. Tensors: head and tail averages, if any; control variates.
+
+    `refused`: why the Update that this answers did not count, if so.
+    """
 
     type: Literal["round_start"] = "round_start"
     request: RequestId
     round: Count
     members: Count
+    refused: Reason | None = None
 
 
 class Forward(WithTensors):
@@ -149,11 +156,12 @@ class Update(WithTensors):
 
 
 class Finished(WithTensors):
-    """Answers Join or Update: the job is done. Tensors: the last averages."""
+    """Answers Join or Update: the job is done. Tensors: the last averages. `refused` as in RoundStart."""
 
     type: Literal["finished"] = "finished"
     request: RequestId
     rounds: Count
+    refused: Reason | None = None
 
 
 class Leave(Message):
@@ -166,7 +174,7 @@ class Refusal(Message):
     type: Literal["refusal"] = "refusal"
     request: RequestId | None = None
     code: Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")]
-    message: Annotated[str, Field(max_length=500)]
+    message: Reason
 
 
 FromClient = Confirm | Join | Forward | Backward | Generate | Release | Update | Leave

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from shared.errors import JobError
-from shared.job import Job, load_job, parse_job
+from shared.job import Job, TrimmedMean, load_job, parse_job
 
 JOB = {"model_name_or_path": "m", "rounds": {"count": 3, "local_steps": 4}, "method": {"type": "lora", "r": 4}}
 
@@ -35,6 +35,8 @@ def test_a_job_is_the_same_from_yaml_and_json(tmp_path: Path) -> None:
         {"data": {"too_long": "skip"}},
         {"rounds": {"count": 3, "local_steps": 5}},
         {"cohort": {"deadline_s": 3}},
+        {"aggregation": {"type": "fedadam"}},
+        {"aggregation": {"type": "fedavg", "max_update_norm": 1}},
         {"wire": {"gradient": "bfloat16"}},
     ],
 )
@@ -65,6 +67,63 @@ def test_a_fault_is_one_line_that_names_the_setting(change: dict[str, Any], said
         parse_job(JOB | change, "job.yaml")
     assert said in error.value.message
     assert "\n" not in error.value.message
+
+
+SEPARATE = {"training": {"parts": ["head", "tail"]}}
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "change", "said"),
+    [
+        ({"type": "mean"}, {}, "aggregation"),
+        ({"type": "fedavg", "momentum": 0.9}, {}, "unknown setting 'aggregation.fedavg.momentum'"),
+        ({"type": "fedavgm", "momentum": 1}, {}, "momentum"),
+        ({"type": "fedadam"}, {"training": {"parts": ["trunk"]}}, "has nothing to aggregate: add head or tail"),
+        ({"type": "fedavg", "max_update_norm": 1}, {"training": {"parts": ["trunk"]}}, "has nothing to aggregate"),
+        ({"type": "median"}, {"cohort": {"clients": 3}}, "set cohort.adapters=per_client, or leave trunk out"),
+        ({"type": "median"}, {"cohort": {"clients": 2}, **SEPARATE}, "needs rounds of 3 clients at least"),
+        ({"type": "trimmed_mean", "trim_ratio": 0.5}, {"cohort": {"clients": 9}, **SEPARATE}, "trim_ratio"),
+        ({"type": "trimmed_mean", "trim_ratio": 0.1}, {"cohort": {"clients": 9}, **SEPARATE}, "takes 1/9 at least"),
+        ({"type": "krum", "byzantine": 2}, {"cohort": {"clients": 6}, **SEPARATE}, "2 x byzantine + 3 = 7 clients"),
+        (
+            {"type": "scaffold", "max_update_norm": 1},
+            {},
+            "scaffold needs training.optim=sgd, training.lr_scheduler_type=constant, training.max_grad_norm=null, "
+            "aggregation.max_update_norm=null",
+        ),
+        ({"type": "fedavg", "proximal_mu": 0.1}, {"training": {"parts": ["trunk"]}}, "has nothing to aggregate"),
+        (
+            {"type": "multi_krum", "byzantine": 2},
+            {"cohort": {"clients": 7, "quorum": 6}, **SEPARATE},
+            "cohort.quorum is 6",
+        ),
+    ],
+)
+def test_an_aggregation_that_contradicts_the_job_is_refused_by_name(
+    aggregation: dict[str, Any], change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(JobError) as error:
+        parse_job(JOB | change | {"aggregation": aggregation}, "job.yaml")
+    assert said in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "change"),
+    [
+        ({"type": "fedyogi", "max_update_norm": 2.5}, {}),
+        ({"type": "median"}, {"cohort": {"clients": 3, "adapters": "per_client"}}),
+        ({"type": "trimmed_mean", "trim_ratio": 0.3}, {"cohort": {"clients": 10}, **SEPARATE}),
+        ({"type": "krum", "byzantine": 2}, {"cohort": {"clients": 7}, **SEPARATE}),
+    ],
+)
+def test_aggregations_that_fit_are_taken(aggregation: dict[str, Any], change: dict[str, Any]) -> None:
+    job = parse_job(JOB | change | {"aggregation": aggregation}, "job.yaml")
+    assert parse_job(yaml.safe_load(job.canonical()), "x") == job
+    assert job.aggregation.needs_single_updates
+
+
+def test_trimming_counts_as_people_do() -> None:
+    assert [TrimmedMean(trim_ratio=ratio).cut(n) for ratio, n in ((0.29, 100), (0.3, 10), (0.2, 14))] == [29, 3, 2]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,13 @@ def progress(tmp_path: Path) -> Progress:
     job = Job(model_name_or_path=str(model), method=Full())
     part = load_part(Checkpoint(str(model)), SplitPlan(1, 1, 4), "trunk")
     make_trainable(part, job)
-    progress = Progress(tmp_path / "state", job, Checkpoint(str(model)).fingerprint(), Trunk(part, job))
+    progress = Progress(
+        tmp_path / "state",
+        job,
+        Checkpoint(str(model)).fingerprint(),
+        Trunk(part, job),
+        initial=lambda: {"x": torch.zeros(2)},
+    )
     progress.begin()
     return progress
 

@@ -71,6 +71,28 @@ def test_it_goes_on_at_the_last_round(model: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in again.trunk.state().items())
 
 
+def test_the_aggregators_state_is_kept_with_its_round(model: Path, tmp_path: Path) -> None:
+    first = progress_of(model, tmp_path / "state")
+    first.begin()
+    first.complete_round({"x": torch.ones(2)}, {"m/x": torch.full((2,), 0.5)})
+    first.complete_round({"x": torch.ones(2)}, {"m/x": torch.full((2,), 0.25)})
+    again = progress_of(model, tmp_path / "state")
+    again.begin()
+    assert torch.equal(again.aggregator["m/x"], torch.full((2,), 0.25))
+    again.restore(1)
+    assert torch.equal(again.aggregator["m/x"], torch.full((2,), 0.5))
+    assert again.aggregator.keys() == {"m/x"}
+
+
+def test_before_the_first_round_all_start_from_what_the_job_begins_with(model: Path, tmp_path: Path) -> None:
+    progress = progress_of(model, tmp_path / "state")
+    progress.initial = lambda: {"x": torch.full((2,), 7.0)}
+    progress.begin()
+    assert torch.equal(progress.start()["x"], torch.full((2,), 7.0))
+    progress.complete_round({"x": torch.zeros(2)})
+    assert torch.equal(progress.start()["x"], torch.zeros(2))
+
+
 def test_a_round_is_undone_to_its_very_beginning(model: Path, tmp_path: Path) -> None:
     progress = progress_of(model, tmp_path / "state")
     progress.begin()

@@ -4,19 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.tiny_models import save_tiny_model
-from shared.errors import TensorError
 from shared.job import Data, Full, Job, Lora, Training
 from shared.model.carve import load_part
 from shared.model.checkpoint import Checkpoint
 from shared.model.plan import SplitPlan
 from shared.model.trainable import make_trainable
-from worker_server.aggregation import weighted_mean
 from worker_server.kept import Rows
 from worker_server.trunk import Trunk
 
@@ -179,19 +176,3 @@ def test_numbers_that_overflow_move_nothing_and_spoil_nobody(
     step(trunk, [torch.ones(5, WIDTH)])
     assert not all(torch.equal(value, before[name]) for name, value in trunk.parameters.items())
     assert all(bool(value.isfinite().all()) for value in trunk.parameters.values())
-
-
-def test_the_average_is_weighted() -> None:
-    draw = np.random.default_rng(0)
-    values = [draw.standard_normal((4, 3)).astype(np.float32) for _ in range(3)]
-    weights = [1, 5, 100]
-    mean = weighted_mean([(w, {"x": torch.from_numpy(v)}) for w, v in zip(weights, values, strict=True)])
-    np.testing.assert_allclose(mean["x"].numpy(), np.average(values, axis=0, weights=weights), rtol=1e-6)
-    alone = torch.randn(5)
-    assert torch.equal(weighted_mean([(7, {"x": alone})])["x"], alone)
-
-
-@pytest.mark.parametrize("other", [{"y": torch.zeros(2)}, {"x": torch.zeros(3)}, {}])
-def test_updates_that_do_not_match_are_refused(other: dict[str, Tensor]) -> None:
-    with pytest.raises(TensorError, match="updates differ"):
-        weighted_mean([(1, {"x": torch.zeros(2)}), (1, other)])

@@ -8,11 +8,11 @@ starts from the same adapters, and a split model from the same as the whole one.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from shared.errors import JobError
@@ -54,8 +54,11 @@ def reseed_lora(parameters: Iterable[tuple[str, nn.Parameter]], seed: int) -> No
     """Draw each LoRA A anew, uniform in +-1/sqrt(in_features) as peft does, from `seed` and its global name."""
     for name, parameter in parameters:
         if ".lora_A." in name:
-            bound = 1 / math.sqrt(parameter.shape[1])
-            drawn = torch.empty(parameter.shape, device="cpu")
-            drawn.uniform_(-bound, bound, generator=generator_of(seed, name))
             with torch.no_grad():
-                parameter.copy_(drawn)
+                parameter.copy_(drawn_a(name, parameter.shape, seed))
+
+
+def drawn_a(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """What a LoRA A of this name and shape (r, in_features) begins with, float32."""
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(*shape, device="cpu").uniform_(-bound, bound, generator=generator_of(seed, name))

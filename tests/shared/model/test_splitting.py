@@ -20,7 +20,7 @@ from shared.model.checkpoint import Checkpoint
 from shared.model.families import FAMILIES, family_of
 from shared.model.methods.lora import reseed_lora
 from shared.model.plan import SplitPlan
-from shared.model.trainable import make_trainable, trained, update_shapes
+from shared.model.trainable import initial_values, make_trainable, trained, update_shapes
 
 LENGTHS = [9, 1, 14, 3]
 
@@ -283,6 +283,9 @@ def test_the_server_knows_what_an_update_must_hold(family: str, tied: bool, meth
     make_trainable(tail, job)
     shapes = {name: tuple(p.shape) for name, p in trained([head, tail]).items()}
     assert update_shapes(Checkpoint(str(folder)).config, head.plan, job) == shapes
+    initial = initial_values(Checkpoint(str(folder)), head.plan, job)
+    assert initial.keys() == shapes.keys()
+    assert all(torch.equal(initial[name], parameter) for name, parameter in trained([head, tail]).items())
 
 
 def test_parts_that_the_job_does_not_name_are_frozen(tmp_path: Path) -> None:

@@ -1,0 +1,14 @@
+"""FedYogi (Reddi et al., arXiv 2003.00295, algorithm 2): v = v - (1 - beta_2) d^2 sign(v - d^2)."""
+
+from torch import Tensor
+
+from worker_server.aggregators.adaptive import stepping
+from worker_server.aggregators.fedavg import weighted_mean
+from worker_server.aggregators.method import Method
+
+
+def second(v: Tensor, squared: Tensor, beta_2: float) -> Tensor:
+    return v - (1 - beta_2) * squared * (v - squared).sign()
+
+
+METHOD = Method(weighted_mean, stepping(second))
