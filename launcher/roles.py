@@ -158,9 +158,9 @@ def up(
 def client_train(
     invite: Annotated[Path, typer.Option("--invite", help="the invitation that the operator sent")],
     key: KeyOption,
-    data: Annotated[Path, typer.Option("--data", help="private rows, JSONL")],
+    data: Annotated[Path, typer.Option("--data", help="private rows: JSONL, .json, .csv, .parquet")],
     out: Annotated[Path, typer.Option("--out", help="folder for the result and for checkpoints; found there, resumes")],
-    validation: Annotated[Path | None, typer.Option("--validation", help="rows to measure on, JSONL")] = None,
+    validation: Annotated[Path | None, typer.Option("--validation", help="rows to measure on, likewise")] = None,
     validation_fraction: Annotated[
         float, typer.Option("--validation-fraction", min=0, max=0.9, help="held out of --data, without --validation")
     ] = 0.1,

@@ -53,6 +53,16 @@ def test_rows_have_their_loss_and_perplexity(model: str, tmp_path: Path, capsys:
     assert (one["examples"], one["tokens"]) == (1, likelihood.tokens)
 
 
+def test_rows_that_were_cut_to_nothing_are_counted(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"prompt": "w20 w21 w22", "completion": "w23"}, {"text": "w20 w21"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    run("--model", model, "--task", f"rows={tmp_path / 'a.jsonl'}", "--format", "json", "--max-length", "3")
+    (found,) = results(capsys)
+    assert (found["examples"], found["cut"], found["left_out"], found["tokens"]) == (1, 1, 1, 2)
+
+
 def test_tasks_are_answered_counted_and_limited(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = [
         {"premise": "w20 w21 .", "choice1": "w22", "choice2": "w23 w24", "question": "cause", "label": n % 2}
@@ -75,7 +85,7 @@ def test_summaries_get_rouge(model: str, tmp_path: Path, capsys: pytest.CaptureF
     local = load_local_model(model)
     from worker_client.evaluation.summaries import continuation
 
-    made, _ = continuation(local, "w20 w21\n\nTL;DR:", 5)
+    made, _ = continuation(local, "w20 w21\n\nTL;DR:", 5, 64)
     records = [{"document": "w20 w21", "summary": made}, {"document": "w20 w21", "summary": "nothing of it"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     words = ["--model", model, "--task", f"summaries={tmp_path / 'a.jsonl'}", "--format", "json"]
@@ -99,6 +109,8 @@ def test_summaries_get_rouge(model: str, tmp_path: Path, capsys: pytest.CaptureF
         (["--task", "copa=rows.jsonl", "--server-state", "s"], "--server-state needs --trained"),
         (["--task", "copa=rows.jsonl", "--trained", "t"], "no finished job"),
         (["--task", "copa=rows.jsonl", "--limit", "0"], "--limit"),
+        (["--task", "copa=rows.jsonl", "--device", "toaster"], "--device toaster: no such device"),
+        (["--task", "copa=rows.jsonl", "--device", "cuda:999"], "--device cuda:999: there is none here"),
         ([], "Missing option '--task'"),
     ],
 )

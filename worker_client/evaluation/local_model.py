@@ -64,8 +64,7 @@ class LocalModel:
 def load_local_model(name_or_path: str, *, device: str = "cpu", trained_by: Trained | None = None) -> LocalModel:
     """From a folder or hub id. Raises ModelError, UsageError, CheckpointError."""
     checkpoint = Checkpoint(name_or_path)
-    if device != "cpu" and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: there is no CUDA here", hint="--device cpu")
+    _check_device(device)
     job = None if trained_by is None else _job_of(trained_by)
     try:
         split = (1, 1) if job is None else (job.split.head_blocks, job.split.tail_blocks)
@@ -84,6 +83,16 @@ def load_local_model(name_or_path: str, *, device: str = "cpu", trained_by: Trai
     for part in (head, trunk, tail):
         part.module.requires_grad_(False).to(device).eval()
     return LocalModel(head, trunk, tail, load_tokenizer(checkpoint), context_length(checkpoint.config), device)
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: no such device", hint="--device cpu") from None
+    # torch keeps the index in eight bits: 999 is -25.
+    if device.type != "cpu" and not (device.type == "cuda" and 0 <= (device.index or 0) < torch.cuda.device_count()):
+        raise UsageError(f"--device {name}: there is none here", hint="--device cpu")
 
 
 def _job_of(trained_by: Trained) -> Job:

@@ -39,7 +39,8 @@ class Settings:
 @dataclass(frozen=True)
 class Result:
     """`metrics` by name. `chance`: what a blind choice would get right, for tasks with options. `examples`: decisions,
-    summaries or rows. `cut`: how many of them lost tokens to the model's context or `max_length`."""
+    summaries or rows. `cut`: how many of them lost tokens to the model's context or `max_length`. `left_out`: rows in
+    which, where so cut, no token counts. `tokens`: those that count in the loss of rows."""
 
     task: str
     file: str
@@ -48,6 +49,7 @@ class Result:
     cut: int
     seconds: float
     chance: float | None = None
+    left_out: int = 0
     tokens: int | None = None
 
 
@@ -83,7 +85,13 @@ def _rows(model: LocalModel, file: Path, settings: Settings, progress: Progress)
     metrics = {"loss": loss, "accuracy": greedy / len(loaded.rows)}
     if loss < LARGEST_LOGARITHM:
         metrics["perplexity"] = math.exp(loss)
-    return {"metrics": metrics, "examples": len(loaded.rows), "cut": loaded.truncated, "tokens": tokens}
+    return {
+        "metrics": metrics,
+        "examples": len(loaded.rows),
+        "cut": loaded.truncated,
+        "left_out": loaded.without_target,
+        "tokens": tokens,
+    }
 
 
 def _choices(model: LocalModel, task: ChoiceTask, file: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
@@ -116,10 +124,11 @@ def _summaries(
     model: LocalModel, task: SummaryTask, file: Path, settings: Settings, progress: Progress
 ) -> dict[str, Any]:
     mean_f1 = rouge()
-    if settings.max_new_tokens >= model.context:
+    context = _context(model, settings)
+    if settings.max_new_tokens >= context:
         raise UsageError(
-            f"--max-new-tokens {settings.max_new_tokens} leaves no room for what is summarised: the model takes "
-            f"{model.context} tokens"
+            f"--max-new-tokens {settings.max_new_tokens} leaves no room for what is summarised: a row has at most "
+            f"{context} tokens"
         )
     pairs: list[tuple[str, str]] = []
     for line, record in islice(read_records(file), settings.limit):
@@ -132,7 +141,8 @@ def _summaries(
     made: list[str] = []
     cut = 0
     for document, _ in pairs:
-        summary, was_cut = continuation(model, task.prompt.format(document=document), settings.max_new_tokens)
+        prompt = task.prompt.format(document=document)
+        summary, was_cut = continuation(model, prompt, settings.max_new_tokens, context)
         made.append(summary)
         cut += was_cut
         progress(len(made), len(pairs))

@@ -27,14 +27,14 @@ def rouge() -> Callable[[Sequence[str], Sequence[str]], dict[str, float]]:
     return mean_f1
 
 
-def continuation(model: LocalModel, prompt: str, max_new_tokens: int) -> tuple[str, bool]:
-    """The most probable next token again and again, until the end token, `max_new_tokens` or the model's context.
+def continuation(model: LocalModel, prompt: str, max_new_tokens: int, context: int) -> tuple[str, bool]:
+    """The most probable next token again and again, until the end token or `max_new_tokens` of them.
 
-    The prompt is cut at its beginning where it leaves no room; and whether it was. The whole row is computed for each
-    token: no cache.
+    The prompt is cut at its beginning where it leaves no room in `context` tokens; and whether it was. The whole row is
+    computed for each token: no cache.
     """
     ids: list[int] = model.tokenizer(prompt).input_ids
-    cut = max(0, len(ids) + max_new_tokens - model.context)
+    cut = max(0, len(ids) + max_new_tokens - context)
     ids = ids[cut:]
     begin = len(ids)
     for _ in range(max_new_tokens):

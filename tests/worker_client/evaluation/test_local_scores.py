@@ -103,10 +103,10 @@ def test_greedy_continuations_are_those_of_generate(folder: Path, model: LocalMo
         expected = whole.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, use_cache=False, pad_token_id=1
         )[0, ids.shape[1] :]
-        made, cut = continuation(model, words(seed, 6), 8)
+        made, cut = continuation(model, words(seed, 6), 8, 64)
         assert made == tokenizer.decode(expected, skip_special_tokens=True).strip()
         assert not cut
-    _, cut = continuation(model, words(9, 60), 8)
+    _, cut = continuation(model, words(9, 60), 8, 64)
     assert cut
 
 
