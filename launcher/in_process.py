@@ -25,7 +25,7 @@ from shared.wire.curve import Door
 from worker_client.data import Row
 from worker_client.head_tail import HeadTail, load_client_parts
 from worker_client.link import Link
-from worker_client.remote_trunk import RemoteTrunk
+from worker_client.local_trunk import trunk_of
 from worker_client.training import Training
 from worker_server.server import Server
 from worker_server.settings import ServerSettings
@@ -134,7 +134,7 @@ def train_one(running: Serving, name: str, site: Site, folder: Path) -> Outcome:
     events: list[dict[str, Any]] = []
     parts = load_client_parts(checkpoint_of(running.job), running.job)
     with running.link(name) as link:
-        trunk = RemoteTrunk(link, running.job, JOIN_S)
+        trunk = trunk_of(link, running.job, parts, JOIN_S)
         Training(running.job, parts, trunk, site.train, site.validation, folder / name, events.append).run()
     return Outcome(events, parts)
 

@@ -26,10 +26,15 @@ class Settings(BaseModel):
 
 
 class Split(Settings):
-    """How many blocks stay with the client, before (`head_blocks`) and after (`tail_blocks`) the trunk."""
+    """How many blocks stay with the client, before (`head_blocks`) and after (`tail_blocks`) the trunk.
+
+    `trunk: client` is plain FedAvg, what splitting is compared with: every client holds and trains the whole model, and
+    nothing but its updates travels.
+    """
 
     head_blocks: Positive = 1
     tail_blocks: Positive = 1
+    trunk: Literal["server", "client"] = "server"
 
 
 class Lora(Settings):
@@ -208,6 +213,8 @@ class Job(Settings):
                 "training.from_scratch=true begins with random weights: it needs method.type=full and all three of "
                 "training.parts"
             )
+        if self.split.trunk == "client":
+            _check_plain_fedavg(self.cohort, self.wire)
         if self.method.type == "prompt":
             _check_prompt(self.method, self.training, self.data)
         batch_tokens = self.training.per_device_train_batch_size * self.data.max_length
@@ -217,6 +224,11 @@ class Job(Settings):
                 f"more than cohort.max_batch_tokens={self.cohort.max_batch_tokens}"
             )
         return self
+
+    @property
+    def client_parts(self) -> tuple[TrainedPart, ...]:
+        """The parts that clients hold, train and hand in."""
+        return ("head", "trunk", "tail") if self.split.trunk == "client" else ("head", "tail")
 
     @property
     def drawn_from(self) -> int | None:
@@ -244,6 +256,18 @@ class Job(Settings):
     def digest(self) -> bytes:
         """SHA-256 of `canonical()`, 32 bytes."""
         return hashlib.sha256(self.canonical()).digest()
+
+
+def _check_plain_fedavg(cohort: Cohort, wire: Wire) -> None:
+    for setting, value, only, reason in (
+        ("cohort.mode", cohort.mode, "lockstep", "the server has no trunk that could be free"),
+        ("cohort.adapters", cohort.adapters, "shared", "there are no adapters at the server"),
+        ("cohort.in_flight", cohort.in_flight, 1, "batches stay where they are"),
+        ("wire.hidden", wire.hidden, "float32", "no hidden states travel"),
+        ("wire.gradient", wire.gradient, "float32", "no gradients travel"),
+    ):
+        if value != only:
+            raise ValueError(f"{setting}={value} contradicts split.trunk=client: {reason}")
 
 
 def _check_prompt(method: Prompt, training: Training, data: Data) -> None:

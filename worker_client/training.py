@@ -107,7 +107,7 @@ class Training:
             return
         expected: Mapping[str, Tensor] = self.parts.parameters
         if {n: t.shape for n, t in boundary.averages.items()} != {n: p.shape for n, p in expected.items()}:
-            raise TensorError("the server's averages do not fit this client's head and tail")
+            raise TensorError("the server's averages do not fit this client's parts")
         load_trained(self.parts.parameters, boundary.averages)
 
     def _resume(self) -> None:

@@ -11,6 +11,7 @@ from shared.errors import CheckpointError
 from shared.job import Job
 from shared.logs import event
 from shared.model.checkpoint import Fingerprint
+from worker_server.no_trunk import NoTrunk
 from worker_server.trunk import Trunk
 
 KEPT_CHECKPOINTS = 2
@@ -20,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """`round` completed rounds; `averages` of head and tail by global name (empty before the first)."""
+    """`round` completed rounds; `averages` of the clients' parts by global name (empty before the first)."""
 
     folder: Path
     job: Job
     fingerprint: Fingerprint
-    trunk: Trunk
+    trunk: Trunk | NoTrunk
     round: int = 0
     averages: dict[str, Tensor] | None = None
 
@@ -71,7 +72,7 @@ class Progress:
         facts = {
             "job": self.job.digest().hex(),
             "model": vars(self.fingerprint),
-            "steps": self.trunk.optimizer.steps,
+            "steps": self.trunk.steps,
         }
         path = state_files.save(self.folder, self.round, tensors, facts, keep=KEPT_CHECKPOINTS)
         event(logger, "checkpoint_written", path=str(path), round=self.round)

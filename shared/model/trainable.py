@@ -33,14 +33,14 @@ def trained(parts: Iterable[Part]) -> dict[str, nn.Parameter]:
 
 
 def update_shapes(config: Any, plan: SplitPlan, job: Job) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a client trains in head and tail, from the configuration alone: no weights are made."""
-    head, tail = empty_part(config, plan, "head"), empty_part(config, plan, "tail")
+    """Names and shapes of what a client trains in its parts, from the configuration alone: no weights are made."""
+    parts = {name: empty_part(config, plan, name) for name in job.client_parts}
     if config.tie_word_embeddings:
-        tie(head, tail)
-    for part in (head, tail):
+        tie(parts["head"], parts["tail"])
+    for part in parts.values():
         with torch.device("meta"):
             make_trainable(part, job)
-    return {name: tuple(parameter.shape) for name, parameter in trained([head, tail]).items()}
+    return {name: tuple(parameter.shape) for name, parameter in trained(parts.values()).items()}
 
 
 def load_trained(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ from shared.model.plan import SplitPlan
 from shared.model.trainable import make_trainable
 from worker_server.aggregation import weighted_mean
 from worker_server.kept import Rows
+from worker_server.no_trunk import NoTrunk
 from worker_server.per_client import tiling
 from worker_server.progress import Progress
 from worker_server.trunk import Trunk
@@ -258,7 +259,8 @@ def test_a_restored_trunk_goes_on_bit_equal(folder: Path, tmp_path: Path, method
         job = job_of(folder, Cohort(clients=3, adapters="per_client"), **method)
         return Progress(tmp_path / "state", job, Checkpoint(str(folder)).fingerprint(), _trunk(folder, job))
 
-    def steps(trunk: Trunk, numbers: range) -> None:
+    def steps(trunk: Trunk | NoTrunk, numbers: range) -> None:
+        assert isinstance(trunk, Trunk)
         for number in numbers:
             step(trunk, [rows_of(name, number) for name in (NAMES if number % 2 else NAMES[:2])])
 
