@@ -3,7 +3,8 @@
 Case "everything": one client; every weight is trained. Case "trunk": three clients in lockstep, head and tail frozen,
 against one process on the concatenated batch. Each 20 AdamW steps with clipping, weight decay and a linear schedule;
 compared are every step's loss, the logits and every trained tensor at the end. Llama runs as real processes as well,
-and in all the other modes: those that promise exactness, and, marked as approximate, how far each of the others is.
+and in all the other modes and methods (prompt and prefix tuning against peft's): those that promise exactness, and,
+marked as approximate, how far each of the others is.
 """
 
 import json
