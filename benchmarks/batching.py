@@ -25,13 +25,12 @@ from torch import Tensor
 from benchmarks.reporting import Goal, parser, publish
 from benchmarks.tiny_models import save_tiny_model
 from shared.job import Cohort, Job, Training
-from shared.model.carve import load_part
+from shared.model.carve import TRUNK_DTYPES, load_part
 from shared.model.checkpoint import Checkpoint
 from shared.model.kv_cache import RowCache
 from shared.model.plan import SplitPlan
 from shared.model.trainable import make_trainable
 from worker_server.kept import Rows
-from worker_server.server import DTYPES
 from worker_server.trunk import Trunk
 
 Kind = Literal["ragged", "short", "per client", "ragged, bf16", "generation"]
@@ -85,7 +84,7 @@ def make_trunk(folder: Path, kind: Kind, clients: int) -> Trunk:
     )
     checkpoint = Checkpoint(str(folder))
     plan = SplitPlan(1, 1, checkpoint.config.num_hidden_layers)
-    part = load_part(checkpoint, plan, "trunk", dtype=DTYPES[trunk_dtype])
+    part = load_part(checkpoint, plan, "trunk", dtype=TRUNK_DTYPES[trunk_dtype])
     make_trainable(part, job)
     return Trunk(part, job)
 

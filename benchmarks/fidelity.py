@@ -3,7 +3,8 @@
 Case "everything": one client; every weight is trained. Case "trunk": three clients in lockstep, head and tail frozen,
 against one process on the concatenated batch. Each 20 AdamW steps with clipping, weight decay and a linear schedule;
 compared are every step's loss, the logits and every trained tensor at the end. Llama runs as real processes as well,
-and in all the other modes: those that promise exactness, and, marked as approximate, how far each of the others is.
+and in all the other modes and methods (prompt and prefix tuning against peft's): those that promise exactness, and,
+marked as approximate, how far each of the others is.
 """
 
 import json
@@ -82,10 +83,13 @@ ALL: tuple[PartName, ...] = ("head", "trunk", "tail")
 TRUNK: tuple[PartName, ...] = ("trunk",)
 HEAD: tuple[PartName, ...] = ("head",)
 FOUR_UNDER_WAY = {"training": {"gradient_accumulation_steps": 4}, "cohort": {"in_flight": 4}}
+PLAIN_FEDAVG = {"split": {"trunk": "client"}}
 CASES = {"everything": Case(ALL, 1), "trunk": Case(TRUNK, 3)}
 MODES = {
     "LoRA": Case(ALL, 1, method=Lora(r=4)),
     "from scratch": Case(ALL, 1, {"training": {"from_scratch": True}}),
+    "plain FedAvg": Case(ALL, 1, PLAIN_FEDAVG),
+    "plain FedAvg, LoRA": Case(ALL, 1, PLAIN_FEDAVG, Lora(r=4)),
     "rsLoRA": Case(ALL, 1, method=Lora(r=4, use_rslora=True)),
     "DoRA": Case(ALL, 1, method=Lora(r=4, use_dora=True)),
     "prefix": Case(ALL, 1, method=Prefix(num_virtual_tokens=5)),
@@ -117,7 +121,7 @@ def make_job(model: Path, case: Case) -> Job:
     training |= {"parts": case.parts, "seed": 3, **changes.get("training", {})}
     return Job(
         model_name_or_path=str(model),
-        split=Split(head_blocks=1, tail_blocks=1),
+        split=Split(**{"head_blocks": 1, "tail_blocks": 1, **changes.get("split", {})}),
         method=case.method,
         training=Training(**training),
         rounds=Rounds(count=1, local_steps=STEPS),
@@ -217,7 +221,7 @@ def difference(
     blocks = model.config.num_hidden_layers
     model, by_name = with_method(model, job, FAMILIES[family])
     model.requires_grad_(False)
-    trunk = {name for name in trained if _block(name) in range(1, blocks - 1)}
+    trunk = {name for name in trained if "trunk" not in job.client_parts and _block(name) in range(1, blocks - 1)}
     groups = [[by_name[n] for n in trained if n not in trunk], [by_name[n] for n in trained if n in trunk]]
     groups = [group for group in groups if group]
     for group in groups:

@@ -1,5 +1,8 @@
 """What each role holds in memory: client and server processes of a real job against training the whole model.
 
+Beside split training the same job as plain FedAvg (`split: {trunk: client}`), and the bytes that clients sent and
+received in both (of these few steps; docs/adr/0013-plain-fedavg.md says how they grow).
+
 A random Llama of 125 M parameters, saved as sharded safetensors, LoRA, two steps of 4 rows of 32 tokens. Each figure is
 the peak resident memory of a process that did nothing else, interpreter and libraries included; "own" is what is left
 without those.
@@ -18,7 +21,7 @@ import torch
 from benchmarks.reporting import Goal, parser, publish
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from launcher import local_run
-from shared.job import Cohort, Job, Lora, Rounds, Training
+from shared.job import Cohort, Job, Lora, Rounds, Split, Training
 
 VOCABULARY = 26_000
 STEPS = 2
@@ -34,6 +37,7 @@ SIZE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 256,
 }
+PROCESSES = ("whole", "client", "server", "plain FedAvg client", "plain FedAvg server")
 QUICK_SIZE = SIZE | {"num_hidden_layers": 6, "vocab_size": 8_000}
 
 # In a process of its own: what torch, transformers and peft alone take, or a whole model trained on the job's rows.
@@ -63,7 +67,7 @@ def peak_of(script: str, *arguments: str) -> int:
 
 
 def measure(folder: Path, size: dict[str, Any]) -> dict[str, int]:
-    """Peak resident bytes by process: libraries, whole, client, server, and the model's own bytes."""
+    """Peak resident bytes: libraries, whole, roles of both kinds; body bytes on the wire; those of the weights."""
     torch.set_num_threads(1)
     model = save_tiny_model("llama", folder / "model", max_shard_size="64MB", **size)
     save_word_tokenizer(model, size["vocab_size"])
@@ -81,6 +85,9 @@ def measure(folder: Path, size: dict[str, Any]) -> dict[str, int]:
     )
     run = local_run.train_together(job, [local_run.Site("a", data, data)], folder / "run")
     peaks = {process.role: process.peak_memory_bytes for process in run.processes}
+    plain_job = job.model_copy(update={"split": Split(trunk="client")})
+    plain = local_run.train_together(plain_job, [local_run.Site("a", data, data)], folder / "plain-run")
+    plain_peaks = {process.role: process.peak_memory_bytes for process in plain.processes}
     return {
         "weights": weights,
         "libraries": peak_of(LIBRARIES),
@@ -88,6 +95,10 @@ def measure(folder: Path, size: dict[str, Any]) -> dict[str, int]:
         "client": peaks["client"],
         "server": peaks["server"],
         "broker": peaks["broker"],
+        "plain FedAvg client": plain_peaks["client"],
+        "plain FedAvg server": plain_peaks["server"],
+        "wire": run.bytes_up + run.bytes_down,
+        "plain FedAvg wire": plain.bytes_up + plain.bytes_down,
     }
 
 
@@ -95,13 +106,15 @@ def main() -> None:
     arguments = parser("memory", __doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         peaks = measure(Path(folder), QUICK_SIZE if arguments.quick else SIZE)
-    own = {name: peaks[name] - peaks["libraries"] for name in ("whole", "client", "server")}
+    wire = {name: peaks.pop(name) for name in ("wire", "plain FedAvg wire")}
+    own = {name: peaks[name] - peaks["libraries"] for name in PROCESSES}
     figures = {
         "client_over_whole": peaks["client"] / peaks["whole"],
         "server_over_whole": peaks["server"] / peaks["whole"],
         "client_own_over_whole_own": own["client"] / own["whole"],
         "server_own_over_whole_own": own["server"] / own["whole"],
         "peak_bytes": peaks,
+        "wire_bytes": wire,
     }
     publish(
         "memory",
@@ -114,7 +127,7 @@ def main() -> None:
                 f"{peaks[name] / peaks['whole']:.2f}",
                 f"{own[name] / own['whole']:.2f}",
             ]
-            for name in ("whole", "client", "server")
+            for name in PROCESSES
         ],
         figures,
         [

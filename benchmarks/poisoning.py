@@ -13,6 +13,7 @@ from shared.model.checkpoint import Checkpoint
 from shared.model.plan import SplitPlan
 from shared.model.trainable import initial_values
 from worker_client.data import Row
+from worker_client.head_tail import HeadTail
 from worker_client.link import Link
 from worker_client.remote_trunk import Boundary, RemoteTrunk
 
@@ -86,5 +87,5 @@ class Tampering:
     change: Change = unchanged
     weight: int | None = None
 
-    def __call__(self, link: Link, job: Job, timeout_s: float) -> RemoteTrunk:
+    def __call__(self, link: Link, job: Job, parts: HeadTail, timeout_s: float) -> RemoteTrunk:
         return TamperingTrunk(link, job, timeout_s, self.change, self.weight)

@@ -31,7 +31,6 @@ from benchmarks.tiny_models import save_tiny_model
 from launcher.in_process import Outcome, Site, train_in_process
 from shared.job import Job, parse_job
 from worker_client.data import Row
-from worker_client.remote_trunk import RemoteTrunk
 
 CLIENTS = 10
 LABELS = (2, 3, 4, 5)
@@ -109,7 +108,7 @@ def sites(attack: Attack, poisoned: int) -> dict[str, Site]:
         if number >= CLIENTS - poisoned:
             made[f"client-{number}"] = Site(attack.rows(rows), (), Tampering(attack.change))
         else:
-            made[f"client-{number}"] = Site(rows, validation.get(number, ()), RemoteTrunk)
+            made[f"client-{number}"] = Site(rows, validation.get(number, ()))
     return made
 
 

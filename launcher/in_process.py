@@ -25,6 +25,7 @@ from shared.wire.curve import Door
 from worker_client.data import Row
 from worker_client.head_tail import HeadTail, load_client_parts
 from worker_client.link import Link
+from worker_client.local_trunk import trunk_of
 from worker_client.remote_trunk import RemoteTrunk
 from worker_client.steps import Report
 from worker_client.training import Training
@@ -44,7 +45,7 @@ class Site:
 
     train: Sequence[Row]
     validation: Sequence[Row] = ()
-    trunk: Callable[[Link, Job, float], RemoteTrunk] = RemoteTrunk
+    trunk: Callable[[Link, Job, HeadTail, float], RemoteTrunk] = trunk_of
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def train_one(running: Serving, name: str, site: Site, folder: Path, report: Rep
 
     parts = load_client_parts(checkpoint_of(running.job), running.job)
     with running.link(name) as link:
-        trunk = site.trunk(link, running.job, JOIN_S)
+        trunk = site.trunk(link, running.job, parts, JOIN_S)
         Training(running.job, parts, trunk, site.train, site.validation, folder / name, heard).run()
     return Outcome(events, parts)
 

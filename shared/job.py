@@ -26,10 +26,15 @@ class Settings(BaseModel):
 
 
 class Split(Settings):
-    """How many blocks stay with the client, before (`head_blocks`) and after (`tail_blocks`) the trunk."""
+    """How many blocks stay with the client, before (`head_blocks`) and after (`tail_blocks`) the trunk.
+
+    `trunk: client` is plain FedAvg, what splitting is compared with: every client holds and trains the whole model, and
+    nothing but its updates travels.
+    """
 
     head_blocks: Positive = 1
     tail_blocks: Positive = 1
+    trunk: Literal["server", "client"] = "server"
 
 
 class Lora(Settings):
@@ -308,6 +313,8 @@ class Job(Settings):
                 "training.from_scratch=true begins with random weights: it needs method.type=full and all three of "
                 "training.parts"
             )
+        if self.split.trunk == "client":
+            _check_plain_fedavg(self.cohort, self.wire)
         if self.method.type == "prompt":
             _check_prompt(self.method, self.training, self.data)
         batch_tokens = self.training.per_device_train_batch_size * self.data.max_length
@@ -319,6 +326,11 @@ class Job(Settings):
         if fault := _aggregation_fault(self):
             raise ValueError(fault)
         return self
+
+    @property
+    def client_parts(self) -> tuple[TrainedPart, ...]:
+        """The parts that clients hold, train and hand in."""
+        return ("head", "trunk", "tail") if self.split.trunk == "client" else ("head", "tail")
 
     @property
     def drawn_from(self) -> int | None:
@@ -348,6 +360,18 @@ class Job(Settings):
         return hashlib.sha256(self.canonical()).digest()
 
 
+def _check_plain_fedavg(cohort: Cohort, wire: Wire) -> None:
+    for setting, value, only, reason in (
+        ("cohort.mode", cohort.mode, "lockstep", "the server has no trunk that could be free"),
+        ("cohort.adapters", cohort.adapters, "shared", "there are no adapters at the server"),
+        ("cohort.in_flight", cohort.in_flight, 1, "batches stay where they are"),
+        ("wire.hidden", wire.hidden, "float32", "no hidden states travel"),
+        ("wire.gradient", wire.gradient, "float32", "no gradients travel"),
+    ):
+        if value != only:
+            raise ValueError(f"{setting}={value} contradicts split.trunk=client: {reason}")
+
+
 def _check_prompt(method: Prompt, training: Training, data: Data) -> None:
     if training.parts != ("head",):
         raise ValueError(
@@ -366,13 +390,14 @@ def _aggregation_fault(job: Job) -> str | None:
     aggregation, members = job.aggregation, job.cohort.needed
     name = f"aggregation.type={aggregation.type}"
     per_client = job.cohort.adapters == "per_client"
-    at_clients = bool({"head", "tail"} & set(job.training.parts))
+    at_clients = bool(set(job.client_parts) & set(job.training.parts))
+    shared_trunk = "trunk" in job.training.parts and "trunk" not in job.client_parts and not per_client
     if aggregation != FedAvg() and not at_clients and not per_client:
         return (
             f"aggregation (type={aggregation.type}) has nothing to aggregate: add head or tail to training.parts, or "
             "set cohort.adapters=per_client"
         )
-    if aggregation.robust and "trunk" in job.training.parts and not per_client:
+    if aggregation.robust and shared_trunk:
         return (
             f"{name} cannot look at a trunk that all train at once: set cohort.adapters=per_client, or leave trunk out "
             "of training.parts"

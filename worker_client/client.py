@@ -23,8 +23,8 @@ from shared.payload.messages import Welcome
 from worker_client.data import LoadedRows, Row, load_rows, split_validation
 from worker_client.head_tail import NO_SCORE, HeadTail, Score, load_client_parts
 from worker_client.link import Link
+from worker_client.local_trunk import trunk_of
 from worker_client.policy import Policy, check_job, check_server
-from worker_client.remote_trunk import RemoteTrunk
 from worker_client.steps import Report
 from worker_client.training import Training
 from worker_client.way import Way
@@ -112,7 +112,8 @@ class Site:
 
     def train(self, link: Link, out: Path, report: Report) -> Score | None:
         """Through one link, from the newest checkpoint in `out` to the end of the job."""
-        trunk = RemoteTrunk(link, self.job, max(self.job.cohort.deadline_s, WAIT_FOR_ROUND_S) + GRACE_S)
+        timeout_s = max(self.job.cohort.deadline_s, WAIT_FOR_ROUND_S) + GRACE_S
+        trunk = trunk_of(link, self.job, self.parts, timeout_s)
         return Training(self.job, self.parts, trunk, self.rows, self.validation, out, report).run()
 
 

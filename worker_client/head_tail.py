@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.job import Job
-from shared.model.carve import Part, load_head_and_tail
+from shared.model.carve import TRUNK_DTYPES, Part, load_head_and_tail, load_part
 from shared.model.checkpoint import Checkpoint
 from shared.model.plan import SplitPlan
 from shared.model.trainable import make_trainable, trained
@@ -47,11 +47,12 @@ NO_SCORE = Score(0.0, 0, 0, 0)
 
 @dataclass(frozen=True)
 class HeadTail:
-    """Head and tail with their trained parameters by global name."""
+    """Head and tail with their trained parameters by global name; in plain FedAvg the trunk with its, too."""
 
     head: Part
     tail: Part
     parameters: dict[str, nn.Parameter]
+    trunk: Part | None = None
 
     @property
     def head_is_trained(self) -> bool:
@@ -60,6 +61,8 @@ class HeadTail:
     def train_mode(self, on: bool) -> None:
         self.head.module.train(on)
         self.tail.module.train(on)
+        if self.trunk is not None:
+            self.trunk.module.train(on)
 
     def version(self) -> dict[str, Tensor]:
         """A copy of the head's trained parameters, leaves by their names in its base model."""
@@ -99,9 +102,13 @@ def score_logits(logits: Tensor, batch: Batch) -> Score:
 
 
 def load_client_parts(checkpoint: Checkpoint, job: Job) -> HeadTail:
-    """Head and tail from the checkpoint, made trainable as the job says. Raises ModelError, JobError."""
+    """The client's parts from the checkpoint, made trainable as the job says. Raises ModelError, JobError."""
     plan = SplitPlan(job.split.head_blocks, job.split.tail_blocks, checkpoint.config.num_hidden_layers)
     head, tail = load_head_and_tail(checkpoint, plan)
-    make_trainable(head, job)
-    make_trainable(tail, job)
-    return HeadTail(head, tail, trained([head, tail]))
+    trunk = None
+    if "trunk" in job.client_parts:
+        trunk = load_part(checkpoint, plan, "trunk", dtype=TRUNK_DTYPES[job.training.trunk_dtype])
+    parts = [part for part in (head, trunk, tail) if part is not None]
+    for part in parts:
+        make_trainable(part, job)
+    return HeadTail(head, tail, trained(parts), trunk)

@@ -51,6 +51,7 @@ def check_server(policy: Policy, invitation: Invitation) -> None:
 def check_job(policy: Policy, job: Job) -> None:
     """Before anything is read. Raises Refused (`policy`), naming the setting of the job."""
     rows = job.total_steps * job.training.per_device_train_batch_size * job.training.gradient_accumulation_steps
+    held = " or ".join(job.client_parts)
     limits = (
         (job.split.head_blocks < policy.min_head_blocks, f"split.head_blocks={job.split.head_blocks} is less than "
          f"min_head_blocks={policy.min_head_blocks}"),
@@ -63,8 +64,8 @@ def check_job(policy: Policy, job: Job) -> None:
         (policy.max_rows is not None and rows > policy.max_rows,
          f"it trains on {rows} rows (rounds.count x rounds.local_steps x batch), more than max_rows={policy.max_rows}"),
         (policy.least_noise > 0, f"it adds no noise, and least_noise={policy.least_noise:g}"),
-        (not policy.share_updates and bool({"head", "tail"} & set(job.training.parts)),
-         f"training.parts={list(job.training.parts)} hands out updates of head or tail, and share_updates is false"),
+        (not policy.share_updates and bool(set(job.client_parts) & set(job.training.parts)),
+         f"training.parts={list(job.training.parts)} hands out updates of {held}, and share_updates is false"),
     )  # fmt: skip
     for exceeded, reason in limits:
         if exceeded:

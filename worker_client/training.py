@@ -115,7 +115,7 @@ class Training:
         return {name: parameter.detach() for name, parameter in self.parts.parameters.items()}
 
     def _apply(self, boundary: Boundary) -> None:
-        """Take over the averages. Raises TensorError if they, or control variates, do not fit this head and tail."""
+        """Take over the averages. Raises TensorError if they, or control variates, do not fit this client's parts."""
         expected = {name: parameter.shape for name, parameter in self.parts.parameters.items()}
         for told in (boundary.averages, boundary.control):
             if told and {name: value.shape for name, value in told.items()} != expected:

@@ -18,6 +18,7 @@ from worker_server.progress import Progress
 from worker_server.replicas import Replicas
 from worker_server.round_end import aggregate
 from worker_server.streams import StreamCaches
+from worker_server.trunk import Trunk
 from worker_server.work import (
     Aggregate,
     ReleaseStreams,
@@ -105,27 +106,26 @@ class Engine:
             self.wake()
 
     def _do(self, work: Work) -> Computed:
-        trunk = self.progress.trunk
         match work:
             case RunForward(cohort, tickets):
-                return _answered(work, tickets, trunk.forward(cohort, [ticket.payload for ticket in tickets]))
+                return _answered(work, tickets, self._trunk.forward(cohort, [ticket.payload for ticket in tickets]))
             case RunEvaluation(tickets):
-                return _answered(work, tickets, trunk.evaluate([ticket.payload for ticket in tickets]))
+                return _answered(work, tickets, self._trunk.evaluate([ticket.payload for ticket in tickets]))
             case RunGeneration(tickets):
                 rows = [ticket.payload for ticket in tickets]
                 caches = [
                     self.caches.of(t.session, t.stream, len(r.lengths)) for t, r in zip(tickets, rows, strict=True)
                 ]
-                return _answered(work, tickets, trunk.generate(rows, caches))
+                return _answered(work, tickets, self._trunk.generate(rows, caches))
             case ReleaseStreams(streams):
                 self.caches.release(streams)
                 return Computed(work)
             case RunBackward(cohort, forwards, gradients, steps, last):
                 present = [gradients.get(forward.session) for forward in forwards]
                 payloads = [None if ticket is None else ticket.payload for ticket in present]
-                results = trunk.backward(cohort, payloads, last=last)
+                results = self._trunk.backward(cohort, payloads, last=last)
                 if steps is not None:
-                    trunk.step(steps)
+                    self._trunk.step(steps)
                 pairs = zip(present, results, strict=True)
                 return Computed(work, tuple((ticket, result) for ticket, result in pairs if ticket is not None))
             case Aggregate(round_, updates):
@@ -135,6 +135,12 @@ class Engine:
                 return Computed(work)
             case _:
                 assert_never(work)
+
+    @property
+    def _trunk(self) -> Trunk:
+        """For works that only come where the server has one."""
+        assert isinstance(self.progress.trunk, Trunk)
+        return self.progress.trunk
 
     def _end_round(self, round: int, tickets: Sequence[Ticket]) -> int:
         """Heads, tails and per-client adapters aggregated, replicas' trunks averaged; then a checkpoint.

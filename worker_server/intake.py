@@ -50,6 +50,8 @@ class Intake:
         return Ticket(session.id, session.client, message.request, rows, tokens, stream=message.stream)
 
     def _tokens(self, message: Forward | Generate) -> int:
+        if self.job.split.trunk == "client":
+            raise Refused("the clients of this job hold the trunk themselves (split.trunk)", reason="no_trunk")
         tokens = sum(message.lengths)
         if tokens > self.job.cohort.max_batch_tokens:
             raise Refused(

@@ -15,6 +15,7 @@ from shared.job import Job
 from shared.logs import event
 from shared.model.checkpoint import Fingerprint
 from shared.payload.messages import CONTROL
+from worker_server.no_trunk import NoTrunk
 from worker_server.trunk import Trunk
 
 KEPT_CHECKPOINTS = 2
@@ -24,16 +25,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """`round` completed rounds; `averages` of head and tail by global name (empty before the first).
+    """`round` completed rounds; `averages` of the clients' parts by global name (empty before the first).
 
-    `initial`: what head and tail begin with; `aggregator`: the state of its method of aggregation. `kept_at`: when
+    `initial`: what those begin with; `aggregator`: the state of its method of aggregation. `kept_at`: when
     (monotonic) the checkpoint of that round was written or read.
     """
 
     folder: Path
     job: Job
     fingerprint: Fingerprint
-    trunk: Trunk
+    trunk: Trunk | NoTrunk
     round: int = 0
     averages: dict[str, Tensor] | None = None
     initial: Callable[[], dict[str, Tensor]] = dict
@@ -95,7 +96,7 @@ class Progress:
         facts = {
             "job": self.job.digest().hex(),
             "model": vars(self.fingerprint),
-            "steps": self.trunk.optimizer.steps,
+            "steps": self.trunk.steps,
         }
         path = state_files.save(self.folder, self.round, tensors, facts, keep=KEPT_CHECKPOINTS)
         self.kept_at = time.monotonic()

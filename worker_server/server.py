@@ -11,8 +11,8 @@ import zmq
 from shared.errors import JobError
 from shared.identity import Identity, key_digest
 from shared.job import Job
-from shared.model.carve import load_part
-from shared.model.checkpoint import checkpoint_of
+from shared.model.carve import TRUNK_DTYPES, load_part
+from shared.model.checkpoint import Checkpoint, checkpoint_of
 from shared.model.families import context_length
 from shared.model.methods import longest_row
 from shared.model.plan import SplitPlan
@@ -29,6 +29,8 @@ from worker_server.inference import Inference
 from worker_server.intake import Intake
 from worker_server.lockstep import Lockstep
 from worker_server.metrics import ServerMetrics
+from worker_server.no_trunk import NoTrunk
+from worker_server.plain_fedavg import PlainFedavg
 from worker_server.progress import Progress
 from worker_server.replicas import Place, Replicas, device_of, place_of
 from worker_server.rounds import Plan, Rounds
@@ -37,8 +39,6 @@ from worker_server.sessions import Sessions
 from worker_server.settings import ServerSettings
 from worker_server.streams import StreamBook, StreamLimits
 from worker_server.trunk import Trunk
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def leave_arithmetic_to_the_compute_thread(threads: int | None) -> int:
@@ -99,17 +99,8 @@ class Server:
         checkpoint = checkpoint_of(self.job)
         plan = SplitPlan(self.job.split.head_blocks, self.job.split.tail_blocks, checkpoint.config.num_hidden_layers)
         longest_row(self.job, context_length(checkpoint.config))
-        dtype, device = DTYPES[self.job.training.trunk_dtype], device_of(self.settings)
-        part = load_part(checkpoint, plan, "trunk", dtype=dtype, device=device)
-        make_trainable(part, self.job)
+        trunk = NoTrunk() if "trunk" in self.job.client_parts else self._load_trunk(checkpoint, plan)
         fingerprint = checkpoint.fingerprint()
-        trunk = Trunk(
-            part,
-            self.job,
-            device,
-            max_kept_tokens=self.settings.max_kept_tokens,
-            piece_tokens=self.settings.piece_tokens,
-        )
         place = place_of(self.settings)
         state = self.settings.state if place is None else self.settings.state / f"replica-{place.replica}"
         progress = self.progress = Progress(
@@ -162,6 +153,18 @@ class Server:
             if not self._stop.is_set():
                 self.service.run()
 
+    def _load_trunk(self, checkpoint: Checkpoint, plan: SplitPlan) -> Trunk:
+        dtype, device = TRUNK_DTYPES[self.job.training.trunk_dtype], device_of(self.settings)
+        part = load_part(checkpoint, plan, "trunk", dtype=dtype, device=device)
+        make_trainable(part, self.job)
+        return Trunk(
+            part,
+            self.job,
+            device,
+            max_kept_tokens=self.settings.max_kept_tokens,
+            piece_tokens=self.settings.piece_tokens,
+        )
+
     @contextmanager
     def _replicas(self, place: Place | None, progress: Progress) -> Iterator[Replicas | None]:
         """The group of replicas, all at the round that the earliest of them has completed."""
@@ -187,7 +190,7 @@ class Server:
 
 
 def make_rounds(job: Job, round: int, place: Place | None = None) -> Rounds:
-    """The state machine of the job's kind of cohorts; one of several replicas begins with its share of the clients."""
+    """The state machine of the job's kind of training; one of several replicas begins with its share of the clients."""
     clients, quorum = job.cohort.clients, job.cohort.needed
     if place is not None:
         clients = clients // place.replicas + (place.replica < clients % place.replicas)
@@ -205,4 +208,6 @@ def make_rounds(job: Job, round: int, place: Place | None = None) -> Rounds:
         patience_s=job.cohort.patience_s,
         max_batch_tokens=job.cohort.max_batch_tokens,
     )
+    if job.split.trunk == "client":
+        return PlainFedavg(plan, round)
     return Lockstep(plan, round) if job.cohort.mode == "lockstep" else Greedy(plan, round)

@@ -61,6 +61,11 @@ class Trunk:
         self._version: dict[str, Tensor] | None = None
         self._own: dict[str, Tensor] = {}
 
+    @property
+    def steps(self) -> float:
+        """Where the optimizer's schedule is."""
+        return self.optimizer.steps
+
     def forward(self, cohort: int, rows: Sequence[Rows]) -> list[Tensor]:
         """Each client's rows through the trunk, (T_i, d) each; kept as number `cohort` for `backward`."""
         self.part.module.train()

@@ -97,17 +97,20 @@ def check_split(checkpoint: Checkpoint, job: Job) -> tuple[Check, SplitPlan | No
 
 
 def client_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: int) -> Need:
-    """Head and tail in float32; `checkpoints` of what is trained there, and the result. Raises JobError."""
-    frozen, train = count(checkpoint, job, plan, ("head", "tail"))
+    """Head and tail, in plain FedAvg the trunk too, in float32; `checkpoints` of what is trained there, and the result.
+
+    Raises JobError.
+    """
+    frozen, train = count(checkpoint, job, plan, job.client_parts)
     return Need(frozen * FLOAT32 + train * BYTES_TRAINED, checkpoints * train * BYTES_SAVED + train * FLOAT32)
 
 
 def server_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: int) -> Need:
-    """The trunk, frozen weights in the job's dtype, and the averages of heads and tails. Raises JobError."""
-    frozen, train = count(checkpoint, job, plan, ("trunk",))
+    """The trunk, frozen weights in the job's dtype, and the averages of the clients' parts. Raises JobError."""
+    frozen, train = (0, 0) if "trunk" in job.client_parts else count(checkpoint, job, plan, ("trunk",))
     if job.cohort.adapters == "per_client":
         train *= job.cohort.clients
-    averages = count(checkpoint, job, plan, ("head", "tail"))[1] * FLOAT32
+    averages = count(checkpoint, job, plan, job.client_parts)[1] * FLOAT32
     width = FLOAT32 if job.training.trunk_dtype == "float32" else 2
     memory = frozen * width + train * BYTES_TRAINED + averages
     return Need(memory, checkpoints * (train * BYTES_SAVED + averages))

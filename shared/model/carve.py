@@ -24,6 +24,9 @@ from shared.model.kv_cache import RowCache
 from shared.model.packing import IMPLEMENTATION, packed_attention, position_ids, row_mask
 from shared.model.plan import PartName, SplitPlan
 
+# By `training.trunk_dtype`.
+TRUNK_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 class Absent(nn.Module):
     """Stands where a part has no module; calling it is an error."""

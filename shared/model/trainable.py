@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.job import Job, Lora
-from shared.model.carve import Part, empty_part, load_head_and_tail, tie
+from shared.model.carve import Part, empty_part, load_head_and_tail, load_part, tie
 from shared.model.checkpoint import Checkpoint
 from shared.model.methods import METHODS
 from shared.model.methods.lora import drawn_a
@@ -35,30 +35,31 @@ def trained(parts: Iterable[Part]) -> dict[str, nn.Parameter]:
 
 
 def update_shapes(config: Any, plan: SplitPlan, job: Job) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a client trains in head and tail, from the configuration alone: no weights are made."""
-    head, tail = empty_part(config, plan, "head"), empty_part(config, plan, "tail")
+    """Names and shapes of what a client trains in its parts, from the configuration alone: no weights are made."""
+    parts = {name: empty_part(config, plan, name) for name in job.client_parts}
     if config.tie_word_embeddings:
-        tie(head, tail)
-    for part in (head, tail):
+        tie(parts["head"], parts["tail"])
+    for part in parts.values():
         with torch.device("meta"):
             make_trainable(part, job)
-    return {name: tuple(parameter.shape) for name, parameter in trained([head, tail]).items()}
+    return {name: tuple(parameter.shape) for name, parameter in trained(parts.values()).items()}
 
 
 def initial_values(checkpoint: Checkpoint, plan: SplitPlan, job: Job) -> dict[str, Tensor]:
-    """What every client's head and tail begin with, of what is trained in them, by global name: float32.
+    """What every client's parts begin with, of what is trained in them, by global name: float32.
 
     LoRA's follow from seed and names, and no weights are read; what else is trained needs the checkpoint. Raises
     ModelError.
     """
-    if not {"head", "tail"} & set(job.training.parts):
+    if not set(job.client_parts) & set(job.training.parts):
         return {}
     if isinstance(job.method, Lora) and not job.method.use_dora:
         return {
             name: drawn_a(name, shape, job.training.seed) if ".lora_A." in name else torch.zeros(shape)
             for name, shape in update_shapes(checkpoint.config, plan, job).items()
         }
-    parts = load_head_and_tail(checkpoint, plan)
+    head, tail = load_head_and_tail(checkpoint, plan)
+    parts = [head, *([load_part(checkpoint, plan, "trunk")] if "trunk" in job.client_parts else []), tail]
     for part in parts:
         make_trainable(part, job)
     return {name: parameter.detach() for name, parameter in trained(parts).items()}

@@ -11,14 +11,18 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.fidelity import ALL, Case, make_job, write_random_rows
+from benchmarks.plain import train_plain
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from launcher.in_process import CLIENTS, Serving, serving, trunk_tensors
+from launcher.whole_models import drawn_whole
 from shared import state_files
 from shared.errors import CheckpointError, DataError, HandshakeError, ModelError, Refused
 from shared.invitations import BrokerAt, Invitation
-from shared.job import Job
-from shared.model.checkpoint import Checkpoint
-from worker_client.client import ClientSettings, Result, finished_before, run_client
+from shared.job import Job, Prompt
+from shared.model.checkpoint import SINGLE, Checkpoint, checkpoint_of
+from worker_client.batches import batch_indices
+from worker_client.client import ClientSettings, Result, finished_before, load_tokenizer, run_client
+from worker_client.data import load_rows
 from worker_client.head_tail import load_client_parts
 
 
@@ -82,6 +86,39 @@ def test_a_run_ends_with_the_trained_parts_on_disk(running: Serving, data: Path,
     document = json.loads((out / "flglm.json").read_text())
     assert Job.model_validate(document["job"]) == running.job
     assert document["job_digest"] == running.job.digest().hex()
+
+
+def test_from_a_configuration_and_texts_to_a_model(job: Job, data: Path, tmp_path: Path) -> None:
+    """No weights lie anywhere; the losses are those of the whole model drawn from the same seed."""
+    (tmp_path / "model" / SINGLE).unlink()
+    job = job.model_copy(update={"training": job.training.model_copy(update={"from_scratch": True})})
+    events: list[dict[str, Any]] = []
+    with serving(job, tmp_path, ["anna"]) as running:
+        run(running, ClientSettings(data=data, out=tmp_path / "out", validation_fraction=0), events)
+    rows = load_rows(data, load_tokenizer(checkpoint_of(job)), max_length=64).rows
+    assert all(all(row.counts) for row in rows)
+    size, seed = job.training.per_device_train_batch_size, job.training.seed
+    batches = [[rows[i] for i in batch_indices(len(rows), size, step, seed)] for step in range(2)]
+    whole = drawn_whole(job)
+    trained = load_file(tmp_path / "out" / "trained.safetensors")
+    own = [p for name, p in whole.named_parameters() if name in trained]
+    others = [p for name, p in whole.named_parameters() if name not in trained]
+    expected = train_plain(whole, batches, job.training, 2, [own, others])
+    assert [event["loss"] for event in events if event["event"] == "step"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_virtual_tokens_of_a_prompt_take_room_in_rows(job: Job, data: Path, tmp_path: Path) -> None:
+    update = {
+        "method": Prompt(num_virtual_tokens=8),
+        "training": job.training.model_copy(update={"parts": ("head",)}),
+        "data": job.data.model_copy(update={"max_length": 20}),
+    }
+    events: list[dict[str, Any]] = []
+    with serving(job.model_copy(update=update), tmp_path, ["anna"]) as running:
+        run(running, ClientSettings(data=data, out=tmp_path / "out", validation_fraction=0), events)
+    tokens = [len(json.loads(line)["text"].split()) + 1 for line in data.read_text().splitlines()]
+    assert events[0]["truncated"] == sum(count > 12 for count in tokens) > 0
+    assert load_file(tmp_path / "out" / "trained.safetensors").keys() == {"model.embed_tokens.prompt"}
 
 
 def test_started_again_after_the_end_it_says_so_and_needs_nobody(running: Serving, data: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from shared.model.trainable import make_trainable
 from worker_server.aggregators.fedavg import weighted_mean
 from worker_server.aggregators.method import Update
 from worker_server.kept import Rows
+from worker_server.no_trunk import NoTrunk
 from worker_server.per_client import tiling
 from worker_server.progress import Progress
 from worker_server.trunk import Trunk
@@ -267,7 +268,8 @@ def test_a_restored_trunk_goes_on_bit_equal(folder: Path, tmp_path: Path, method
         job = job_of(folder, Cohort(clients=3, adapters="per_client"), **method)
         return Progress(tmp_path / "state", job, Checkpoint(str(folder)).fingerprint(), _trunk(folder, job))
 
-    def steps(trunk: Trunk, numbers: range) -> None:
+    def steps(trunk: Trunk | NoTrunk, numbers: range) -> None:
+        assert isinstance(trunk, Trunk)
         for number in numbers:
             step(trunk, [rows_of(name, number) for name in (NAMES if number % 2 else NAMES[:2])])
 
@@ -275,6 +277,7 @@ def test_a_restored_trunk_goes_on_bit_equal(folder: Path, tmp_path: Path, method
     first = make()
     first.begin()
     steps(first.trunk, range(3))
+    assert isinstance(first.trunk, Trunk)
     end_round(first.trunk, {"a": 2, "b": 1, "c": 1})
     steps(first.trunk, range(3, 5))
     first.complete_round({})

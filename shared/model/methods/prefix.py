@@ -2,9 +2,12 @@
 
 P-tuning v2 (arXiv 2110.07602, section 3.2), as FL-GLM trains it (arXiv 2406.14898); prefix tuning (arXiv 2101.00190)
 without its projection. Exactly peft's PrefixTuning: keys and values are used as they are, without rotary embedding, and
-a row's own positions begin after the virtual ones. Each layer's lie where the layer lies, beside its attention, where
-shared/model/packing.py finds them, so that nothing of them travels. They begin as peft's do, normal with deviation 1,
-drawn from the job's seed and the tensor's name in the whole model.
+a row's own positions begin after the virtual ones. In a layer with a sliding window, tokens further than that from the
+row's beginning see no prefix.
+
+Each layer's lie where the layer lies, beside its attention, where shared/model/packing.py finds them, so that nothing
+of them travels. They begin as peft's do, normal with deviation 1, drawn from the job's seed and the tensor's name in
+the whole model.
 """
 
 from typing import Any
