@@ -11,6 +11,7 @@ from shared.job import Job
 from shared.model.carve import Part, load_head_and_tail
 from shared.model.checkpoint import Checkpoint
 from shared.model.plan import SplitPlan
+from shared.model.residuals import Residuals
 from shared.model.trainable import make_trainable, trained
 from worker_client.batches import Batch
 
@@ -47,11 +48,12 @@ NO_SCORE = Score(0.0, 0, 0, 0)
 
 @dataclass(frozen=True)
 class HeadTail:
-    """Head and tail with their trained parameters by global name."""
+    """Head and tail with their trained parameters by global name; `residuals` may be added to frozen ones."""
 
     head: Part
     tail: Part
     parameters: dict[str, nn.Parameter]
+    residuals: Residuals
 
     @property
     def head_is_trained(self) -> bool:
@@ -104,4 +106,4 @@ def load_client_parts(checkpoint: Checkpoint, job: Job) -> HeadTail:
     head, tail = load_head_and_tail(checkpoint, plan)
     make_trainable(head, job)
     make_trainable(tail, job)
-    return HeadTail(head, tail, trained([head, tail]))
+    return HeadTail(head, tail, trained([head, tail]), Residuals([head, tail], job))

@@ -31,6 +31,9 @@ def make_trainable(part: Part, job: Job) -> None:
     if isinstance(job.method, Lora):
         add_lora(part.module, job.method, part.family.lora_targets)
         reseed_lora(part.named_parameters().items(), job.training.seed)
+        if job.aggregation.lora == "freeze_a":
+            for name, parameter in part.named_parameters().items():
+                parameter.requires_grad_(".lora_B." in name)
     else:
         part.module.requires_grad_(True)
 
