@@ -10,8 +10,8 @@ is frozen. 0 to 4 of the ten are poisoned in one of four ways:
     backdoor   half of their rows begin with a trigger and have the backdoor's label; their update goes thrice as far
 
 `accuracy` is on clean rows, by chance 25 %; `backdoor` is the share of rows of other classes that get the backdoor's
-label when the trigger is put before them. Methods are told of as many as they can bear: trim_ratio 0.4, byzantine 3
-(10 >= 2 f + 3).
+label when the trigger is put before them. Methods expect 3 poisoned clients: trim_ratio 0.3 (with 0.4 of ten it is the
+median), byzantine 3 (10 >= 2 f + 3), so that 4 are one too many.
 """
 
 import logging
@@ -47,7 +47,7 @@ AGGREGATIONS: dict[str, dict[str, Any]] = {
     "fedavg": {"type": "fedavg"},
     "norm bound": {"type": "fedavg", "max_update_norm": 2.0},
     "median": {"type": "median"},
-    "trimmed_mean": {"type": "trimmed_mean", "trim_ratio": 0.4},
+    "trimmed_mean": {"type": "trimmed_mean", "trim_ratio": 0.3},
     "krum": {"type": "krum", "byzantine": 3},
     "multi_krum": {"type": "multi_krum", "byzantine": 3},
 }

@@ -167,6 +167,9 @@ class AnyAggregation(Settings):
     `max_update_norm`: what a client changed in a round (head, tail and its own adapter in the trunk) is scaled down to
     this L2 norm where it is larger. `proximal_mu`: FedProx (Li et al., arXiv 1812.06127, section 3.2): mu / 2 |w -
     w_round|^2 is added to every client's loss, w_round what it began the round with.
+    `lora`: factors A and B are each aggregated ("average": the mean of products is not the product of means); so, and
+    what that leaves out is added to the frozen weights ("exact": FedEx-LoRA, arXiv 2410.09432); or A stays as it was
+    drawn from the seed, and B alone is trained ("freeze_a": FFA-LoRA, arXiv 2403.12313).
     """
 
     robust: ClassVar[bool] = False
@@ -175,11 +178,12 @@ class AnyAggregation(Settings):
 
     max_update_norm: Annotated[float, Field(gt=0)] | None = None
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
+    lora: Literal["average", "exact", "freeze_a"] = "average"
 
     @property
     def needs_single_updates(self) -> bool:
         """Whether the server must see each client's update: what masks updates cannot go with it."""
-        return self.robust or self.max_update_norm is not None
+        return self.robust or self.max_update_norm is not None or self.lora == "exact"
 
 
 class FedAvg(AnyAggregation):
@@ -397,6 +401,8 @@ def _aggregation_fault(job: Job) -> str | None:
             f"aggregation (type={aggregation.type}) has nothing to aggregate: add head or tail to training.parts, or "
             "set cohort.adapters=per_client"
         )
+    if fault := _lora_fault(job):
+        return fault
     if aggregation.robust and shared_trunk:
         return (
             f"{name} cannot look at a trunk that all train at once: set cohort.adapters=per_client, or leave trunk out "
@@ -416,6 +422,20 @@ def _aggregation_fault(job: Job) -> str | None:
         )
     if isinstance(aggregation, Scaffold):
         return _scaffold_fault(job)
+    return None
+
+
+def _lora_fault(job: Job) -> str | None:
+    aggregation = job.aggregation
+    name = f"aggregation.lora={aggregation.lora}"
+    if aggregation.lora != "average" and job.method.type != "lora":
+        return f"{name} needs method.type=lora"
+    if aggregation.lora != "average" and isinstance(job.method, Lora) and job.method.use_dora:
+        return f"{name} is about products of two factors: it needs method.use_dora=false"
+    if aggregation.lora == "exact" and aggregation.type != "fedavg":
+        return f"{name} makes a weighted mean exact: it needs aggregation.type=fedavg"
+    if aggregation.lora == "exact" and job.cohort.adapters == "per_client" and job.training.trunk_dtype != "float32":
+        return f"{name} adds to the trunk's frozen weights: it needs training.trunk_dtype=float32"
     return None
 
 

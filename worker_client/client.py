@@ -19,7 +19,7 @@ from shared.job import Job, parse_job
 from shared.model.checkpoint import Checkpoint, Fingerprint, checkpoint_of
 from shared.model.families import context_length
 from shared.model.methods import longest_row
-from shared.payload.messages import Welcome
+from shared.payload.messages import RESIDUAL, Welcome
 from worker_client.data import LoadedRows, Row, load_rows, split_validation
 from worker_client.head_tail import NO_SCORE, HeadTail, Score, load_client_parts
 from worker_client.link import Link
@@ -197,11 +197,13 @@ def finished_before(out: Path, invitation: Invitation) -> Score | None:
 
 
 def _write_result(out: Path, job: Job, parts: HeadTail, score: Score | None) -> None:
-    """`trained.safetensors`: what was trained in head and tail, by name in the whole model; `flglm.json`: the job.
+    """`trained.safetensors`: what was trained in head and tail, by name in the whole model, and what was added to
+    frozen weights, (out, in), as `residual/<module>.weight`; `flglm.json`: the job.
 
     Raises CheckpointError if the disk refuses.
     """
     tensors = {name: parameter.detach().contiguous() for name, parameter in parts.parameters.items()}
+    tensors |= {f"{RESIDUAL}{module}.weight": value.contiguous() for module, value in parts.residuals.added.items()}
     document = {
         "job": job.model_dump(mode="json"),
         "job_digest": job.digest().hex(),

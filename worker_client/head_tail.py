@@ -11,6 +11,7 @@ from shared.job import Job
 from shared.model.carve import TRUNK_DTYPES, Part, load_head_and_tail, load_part
 from shared.model.checkpoint import Checkpoint
 from shared.model.plan import SplitPlan
+from shared.model.residuals import Residuals
 from shared.model.trainable import make_trainable, trained
 from worker_client.batches import Batch
 
@@ -47,11 +48,15 @@ NO_SCORE = Score(0.0, 0, 0, 0)
 
 @dataclass(frozen=True)
 class HeadTail:
-    """Head and tail with their trained parameters by global name; in plain FedAvg the trunk with its, too."""
+    """Head and tail with their trained parameters by global name; in plain FedAvg the trunk with its, too.
+
+    `residuals` may be added to frozen weights.
+    """
 
     head: Part
     tail: Part
     parameters: dict[str, nn.Parameter]
+    residuals: Residuals
     trunk: Part | None = None
 
     @property
@@ -111,4 +116,4 @@ def load_client_parts(checkpoint: Checkpoint, job: Job) -> HeadTail:
     parts = [part for part in (head, trunk, tail) if part is not None]
     for part in parts:
         make_trainable(part, job)
-    return HeadTail(head, tail, trained(parts), trunk)
+    return HeadTail(head, tail, trained(parts), Residuals(parts, job), trunk)

@@ -11,6 +11,7 @@ from shared.errors import SchemaError
 from shared.job import Job
 from shared.payload.messages import (
     CONTROL,
+    RESIDUAL,
     Backward,
     Finished,
     Forward,
@@ -31,14 +32,15 @@ from worker_client.link import Answer, Link
 class Boundary:
     """Between rounds: the round to train next, or None when the job is finished, and the averages of head and tail.
 
-    `control`: the server's control variates (SCAFFOLD), if it has any yet. `refused`: why the update of the round
-    before did not count, if so.
+    `control`: the server's control variates (SCAFFOLD), `residuals`: by module, what is added to frozen weights
+    (FedEx-LoRA), if there are any yet. `refused`: why the update of the round before did not count, if so.
     """
 
     round: int | None
     members: int
     averages: dict[str, Tensor]
     control: dict[str, Tensor] = field(default_factory=dict)
+    residuals: dict[str, Tensor] = field(default_factory=dict)
     refused: str | None = None
 
 
@@ -148,11 +150,11 @@ class RemoteTrunk:
             info.name: decode(info, frame, dtype="float32")
             for info, frame in zip(reply.tensors, answer.frames, strict=True)
         }
-        control = {name.removeprefix(CONTROL): t for name, t in tensors.items() if name.startswith(CONTROL)}
-        averages = {name: t for name, t in tensors.items() if not name.startswith(CONTROL)}
-        if isinstance(reply, Finished):
-            return Boundary(None, 0, averages, control, reply.refused)
-        return Boundary(reply.round, reply.members, averages, control, reply.refused)
+        control, residuals = (_under(prefix, tensors) for prefix in (CONTROL, RESIDUAL))
+        averages = {name: value for name, value in tensors.items() if not name.startswith((CONTROL, RESIDUAL))}
+        finished = isinstance(reply, Finished)
+        round, members = (None, 0) if finished else (reply.round, reply.members)
+        return Boundary(round, members, averages, control, residuals, reply.refused)
 
     def _call(self, message: Any, frames: list[memoryview]) -> Answer:
         return self.link.call(message, frames, timeout_s=self.timeout_s)
@@ -162,3 +164,7 @@ def _expect(answer: Answer, *kinds: type) -> Any:
     if not isinstance(answer.message, kinds):
         raise SchemaError(f"the server answered with a {answer.message.type} message")
     return answer.message
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -115,11 +115,12 @@ class Training:
         return {name: parameter.detach() for name, parameter in self.parts.parameters.items()}
 
     def _apply(self, boundary: Boundary) -> None:
-        """Take over the averages. Raises TensorError if they, or control variates, do not fit this client's parts."""
+        """Take over the averages. Raises TensorError if they, control variates or residuals do not fit."""
         expected = {name: parameter.shape for name, parameter in self.parts.parameters.items()}
         for told in (boundary.averages, boundary.control):
             if told and {name: value.shape for name, value in told.items()} != expected:
                 raise TensorError("the server's averages do not fit this client's head and tail")
+        self.parts.residuals.apply(boundary.residuals)
         if not boundary.averages:
             return
         load_trained(self.parts.parameters, boundary.averages)

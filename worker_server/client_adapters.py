@@ -1,9 +1,9 @@
 """The clients' own adapters: who has which, their optimizers, what they begin a round with, their state.
 
-A client's adapter is one flat vector (P,) of all its LoRA weights, or of its prefixes in all layers. It takes the
-gradient of that client's own mean loss and steps by an optimizer of its own, as if the client had a server for itself
-("server-hierarchical" in the appendix of FL-GLM, arXiv 2406.14898). Moments and schedules stay with their clients;
-weights are aggregated with those of head and tail, as one update of that client.
+A client's adapter is one flat vector (P,) of all its LoRA weights, or of its prefixes in all layers; those that are
+trained are its own. They take the gradient of that client's own mean loss and step by an optimizer of their own, as if
+the client had a server for itself ("server-hierarchical" in the appendix of FL-GLM, arXiv 2406.14898). Moments and
+schedules stay with their clients; weights are aggregated with those of head and tail, as one update of that client.
 """
 
 import logging
@@ -46,6 +46,7 @@ class ClientAdapters:
         first = take(part, self.routing)
         self.shapes = {name: value.shape for name, value in first.items()}
         self.average = torch.cat([value.flatten() for value in first.values()])
+        self.learnt = _positions(self.shapes, job).to(self.average.device)
         self.clients: dict[str, ClientAdapter] = {}
 
     def admit(self, names: Iterable[str]) -> None:
@@ -62,13 +63,15 @@ class ClientAdapters:
             del self.clients[name]
         for name in wanted:
             if name not in self.clients:
-                self.clients[name] = self._adapter(self.average.clone())
+                self.clients[name] = self._adapter(self.average[self.learnt])
 
     def stack(self, names: Sequence[str]) -> Tensor:
         """A copy of the weights of each client named, (c, P); the average for one that has none of its own."""
-        return torch.stack(
-            [self.clients[name].vector.detach() if name in self.clients else self.average for name in names]
-        )
+        stacked = self.average.repeat(len(names), 1)
+        for row, name in zip(stacked, names, strict=True):
+            if name in self.clients:
+                row[self.learnt] = self.clients[name].vector.detach()
+        return stacked
 
     def route(self, weights: Tensor, lengths: Sequence[Sequence[int]]) -> None:
         """Let the next forward's rows, of `lengths` tokens by client, go through that client's `weights` (c, P)."""
@@ -82,7 +85,8 @@ class ClientAdapters:
         for name, gradient in gradients.items():
             adapter = self.clients[name]
             if bool(gradient.isfinite().all()):
-                adapter.vector.grad = gradient + self.proximal_mu * (adapter.vector.detach() - self.average)
+                drift = adapter.vector.detach() - self.average[self.learnt]
+                adapter.vector.grad = gradient[self.learnt] + self.proximal_mu * drift
             else:
                 event(logger, "step_overflowed", level=logging.WARNING, client=name, step=adapter.optimizer.steps)
             adapter.optimizer.step()
@@ -97,7 +101,7 @@ class ClientAdapters:
         self.average = average
         with torch.no_grad():
             for adapter in self.clients.values():
-                adapter.vector.copy_(self.average)
+                adapter.vector.copy_(self.average[self.learnt])
 
     def state(self) -> dict[str, Tensor]:
         """The average as `trunk/<parameter>`, shaped as peft has it; the rest as `client/<name>/...`."""
@@ -126,3 +130,10 @@ class ClientAdapters:
     def _adapter(self, values: Tensor) -> ClientAdapter:
         vector = nn.Parameter(values)
         return ClientAdapter(vector, PartOptimizer({VECTOR: vector}, self.training, self.total_steps))
+
+
+def _positions(shapes: Mapping[str, Sequence[int]], job: Job) -> Tensor:
+    """Where in the vector lies what is trained, int64: all of it, or with aggregation.lora=freeze_a B alone."""
+    frozen = job.aggregation.lora == "freeze_a"
+    pieces = [torch.full((prod(shape),), not (frozen and ".lora_A." in name)) for name, shape in shapes.items()]
+    return torch.cat(pieces).nonzero().squeeze(1)

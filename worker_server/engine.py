@@ -161,6 +161,7 @@ class Engine:
         if self.replicas is not None:
             weight = sum(ticket.weight for ticket in tickets)
             trunk.take_round_values(self.replicas.mean(trunk.round_values(), weight))
+        trunk.take_residuals(result.state)
         progress.complete_round({name: result.values[name] for name in heads_and_tails}, result.state)
         return result.bounded
 

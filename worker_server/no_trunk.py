@@ -30,3 +30,6 @@ class NoTrunk:
 
     def load_state(self, state: Mapping[str, Tensor], steps: float) -> None:
         """There is none."""
+
+    def take_residuals(self, state: Mapping[str, Tensor]) -> None:
+        """There are no weights to add them to."""

@@ -14,7 +14,8 @@ from shared.errors import CheckpointError
 from shared.job import Job
 from shared.logs import event
 from shared.model.checkpoint import Fingerprint
-from shared.payload.messages import CONTROL
+from shared.model.residuals import modules_of
+from shared.payload.messages import CONTROL, RESIDUAL
 from worker_server.no_trunk import NoTrunk
 from worker_server.trunk import Trunk
 
@@ -70,6 +71,7 @@ class Progress:
         self.trunk.load_state(tensors, float(facts["steps"]))
         self.averages = averages
         self.aggregator = {n.removeprefix("aggregator/"): t for n, t in tensors.items() if n.startswith("aggregator/")}
+        self.trunk.take_residuals(self.aggregator)
         self.round = number
         self.kept_at = time.monotonic()
 
@@ -78,9 +80,11 @@ class Progress:
         return self.averages or self.initial()
 
     def for_clients(self) -> dict[str, Tensor]:
-        """What every client is told at a round's start: the averages, and control variates as `control/<name>`."""
-        told = {name: value for name, value in self.aggregator.items() if name.startswith(CONTROL)}
-        return {**(self.averages or {}), **told}
+        """What every client is told at a round's start: averages, control variates, residuals of head and tail."""
+        averages = self.averages or {}
+        residuals = {RESIDUAL + module for module in modules_of(averages)}
+        told = {n: value for n, value in self.aggregator.items() if n.startswith(CONTROL) or n in residuals}
+        return {**averages, **told}
 
     def complete_round(self, averages: dict[str, Tensor], aggregator: Mapping[str, Tensor] | None = None) -> None:
         """One more round is done, with these averages; on disk before anyone is told."""

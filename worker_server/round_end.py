@@ -10,6 +10,7 @@ from shared.job import Job
 from shared.logs import event
 from worker_server.aggregators import METHODS
 from worker_server.aggregators.bounding import bounded
+from worker_server.aggregators.fedex_lora import mean_products, residuals
 from worker_server.aggregators.method import Change, Tensors, Update
 from worker_server.replicas import Replicas
 
@@ -49,6 +50,11 @@ def aggregate(
         event(logger, "round_without_change", level=logging.WARNING, updates=count)
         return unchanged
     values, after = method.step(job, start, Change(delta, count), state)
+    if job.aggregation.lora == "exact":
+        products = mean_products(start, within)
+        if replicas is not None:
+            products = replicas.mean(products, sum(update.weight for update in within))
+        after |= residuals(products, values, state)
     if not all(bool(value.isfinite().all()) for value in (*values.values(), *after.values())):
         event(logger, "aggregate_overflowed", level=logging.WARNING, updates=count)
         return unchanged

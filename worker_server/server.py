@@ -173,11 +173,17 @@ class Server:
             return
         if place.replicas > self.job.cohort.clients:
             raise JobError(f"{place.replicas} replicas for {self.job.cohort.clients} clients (cohort.clients)")
+        trains_trunk = "trunk" in self.job.training.parts
         if self.job.aggregation.robust:
             raise JobError(
                 f"aggregation.type={self.job.aggregation.type} compares all clients' updates, and each of "
                 f"{place.replicas} replicas has only its own clients'",
                 hint="run one server, or another aggregation.type (with max_update_norm)",
+            )
+        if self.job.aggregation.lora == "exact" and self.job.cohort.adapters == "shared" and trains_trunk:
+            raise JobError(
+                "aggregation.lora=exact does not reach a shared trunk, whose factors replicas average one by one",
+                hint="run one server, or set cohort.adapters=per_client or aggregation.lora=freeze_a",
             )
         replicas = Replicas(place, device_of(self.settings), self.settings.replica_timeout_s)
         try:

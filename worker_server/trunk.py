@@ -22,7 +22,9 @@ from shared.logs import event
 from shared.model.carve import Part
 from shared.model.kv_cache import RowCache
 from shared.model.optimizer import PartOptimizer
+from shared.model.residuals import Residuals
 from shared.model.trainable import load_trained, trained
+from shared.payload.messages import RESIDUAL
 from worker_server.client_adapters import ClientAdapters
 from worker_server.kept import Forward, Graph, Rows, random_state, release_oldest, set_random_state
 
@@ -52,7 +54,9 @@ class Trunk:
         self.device = device
         self.piece_tokens = piece_tokens or (CPU_PIECE_TOKENS if device == "cpu" else job.cohort.max_batch_tokens)
         self.max_kept_tokens = max_kept_tokens
-        self.clients = ClientAdapters(part, job) if job.cohort.adapters == "per_client" else None
+        per_client = job.cohort.adapters == "per_client"
+        self.residuals = Residuals([part] if per_client else [], job)
+        self.clients = ClientAdapters(part, job) if per_client else None
         self.parameters = trained([part])
         self.dtype = part.dtype
         self.optimizer = self._fresh_optimizer()
@@ -141,6 +145,11 @@ class Trunk:
         self._forget()
         if self.clients is not None:
             self.clients.go_on_from(torch.cat([own[name].flatten() for name in self.clients.shapes]))
+
+    def take_residuals(self, state: Mapping[str, Tensor]) -> None:
+        """Add to the frozen weights what the aggregator's state has for them (FedEx-LoRA), and nothing else."""
+        under = _under(RESIDUAL, state)
+        self.residuals.apply({name: value for name, value in under.items() if name in self.residuals.layers})
 
     def round_values(self) -> dict[str, Tensor]:
         """What replicas average at a round's end beside all updates: the parameters that all clients train."""

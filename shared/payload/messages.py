@@ -37,6 +37,8 @@ MAX_MESSAGE_BYTES = 4 * 2**20
 MAX_ROWS = 65_536
 # The name of a tensor's control variate (SCAFFOLD) in RoundStart and Finished: this, then the tensor's own.
 CONTROL = "control/"
+# Of what is added to a module's frozen weight (FedEx-LoRA), without LoRA's scaling: this, then the module's name.
+RESIDUAL = "residual/"
 
 RequestId = Annotated[int, Field(ge=1, lt=2**53)]
 Lengths = Annotated[tuple[Annotated[int, Field(ge=1, le=1_048_576)], ...], Field(min_length=1, max_length=MAX_ROWS)]
@@ -73,7 +75,8 @@ class Join(Message):
 
 
 class RoundStart(WithTensors):
-    """Answers Join or Update: round `round` (from 0) begins. Tensors: head and tail averages, if any; control variates.
+    """Answers Join or Update: round `round` (from 0) begins. Tensors: head and tail averages, if any; control variates;
+    residuals.
 
     `refused`: why the Update that this answers did not count, if so.
     """

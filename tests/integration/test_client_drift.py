@@ -1,6 +1,6 @@
 """FedProx and SCAFFOLD in whole runs, three clients and three rounds, against plain PyTorch on the whole model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,15 @@ Local = Callable[[str, Any, Mapping[str, nn.Parameter], list[list[Row]]], None]
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return save_tiny_model("llama", tmp_path / "model")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products this small are faster so, and leave the other cores to others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def job_of(model: Path, aggregation: dict[str, Any], **training: Any) -> Job:

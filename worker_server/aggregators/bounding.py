@@ -1,4 +1,4 @@
-"""Norm bounding (Sun et al., arXiv 1911.07963, section 4, "norm thresholding of updates").
+"""Norm bounding (Sun et al., arXiv 1911.07963, "norm thresholding of updates").
 
 An update whose difference to the round's start is longer than M is scaled to length M: d min(1, M / |d|). Its direction
 still counts, so that an honest client with a large step is slowed down and not shut out.

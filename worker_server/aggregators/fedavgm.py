@@ -1,4 +1,4 @@
-"""FedAvgM (Hsu et al., arXiv 1909.06335, section 4.3): momentum at the server.
+"""FedAvgM (Hsu et al., arXiv 1909.06335): momentum at the server.
 
 With the clients' mean change d, momentum m and rate r: v = m v + d; w = w + r v. v begins at 0.
 """

@@ -1,6 +1,6 @@
-"""Multi-Krum (Blanchard et al., NIPS 2017, section 4): the mean of the m updates with the lowest Krum scores.
+"""Multi-Krum (Blanchard et al., NIPS 2017): the mean of the m updates with the lowest Krum scores.
 
-m = n - f - 2, the most for which it is shown to withstand f (El Mhamdi et al., AggregaThor, MLSys 2019). Those chosen
+m = n - f - 2, the most for which it is shown to withstand f (Damaskinos et al., AggregaThor, SysML 2019). Those chosen
 count the same, whatever they say they weigh.
 """
 

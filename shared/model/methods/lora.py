@@ -28,6 +28,9 @@ def add(part: Part, job: Job) -> None:
     assert isinstance(job.method, Lora)
     add_lora(part.module, job.method, part.family.lora_targets)
     reseed_lora(part.named_parameters().items(), job.training.seed)
+    if job.aggregation.lora == "freeze_a":
+        for name, parameter in part.named_parameters().items():
+            parameter.requires_grad_(".lora_B." in name)
 
 
 def add_lora(module: nn.Module, lora: Lora, default_targets: tuple[str, ...]) -> None:
