@@ -16,7 +16,7 @@ from launcher.in_process import Background, Outcome, Site, serving, train_in_pro
 from shared import state_files
 from shared.errors import ConnectionFailed
 from shared.job import Job, Lora, parse_job
-from worker_client.remote_trunk import RemoteTrunk
+from worker_client.local_trunk import trunk_of
 
 NAMES = ("a", "b", "c")
 LORA = Lora(r=2)
@@ -43,7 +43,7 @@ def job_of(model: Path, aggregation: dict[str, Any], rounds: int = 3, **cohort: 
 
 def sites(**tampering: Any) -> dict[str, Site]:
     return {
-        name: Site(random_rows(8, seed), random_rows(3, 10 + seed), tampering.get(name, RemoteTrunk))
+        name: Site(random_rows(8, seed), random_rows(3, 10 + seed), tampering.get(name, trunk_of))
         for seed, name in enumerate(NAMES)
     }
 

@@ -19,7 +19,7 @@ from shared.errors import ConnectionFailed
 from shared.job import Job, parse_job
 from worker_client.batches import batch_indices
 from worker_client.data import Row
-from worker_client.remote_trunk import RemoteTrunk
+from worker_client.local_trunk import trunk_of
 
 NAMES = ("a", "b", "c")
 ROUNDS, STEPS, RATE, MU = 3, 3, 0.05, 0.3
@@ -61,7 +61,7 @@ def rows() -> dict[str, list[Row]]:
 
 
 def sites(**trunks: Any) -> dict[str, Site]:
-    return {name: Site(mine, (), trunks.get(name, RemoteTrunk)) for name, mine in rows().items()}
+    return {name: Site(mine, (), trunks.get(name, trunk_of)) for name, mine in rows().items()}
 
 
 def steps_of(job: Job, mine: list[Row], round: int) -> list[list[Row]]:
