@@ -23,6 +23,8 @@ FLOAT32 = 4
 # A trained value, its gradient and AdamW's two moments, all float32; on disk there is no gradient.
 BYTES_TRAINED = 4 * FLOAT32
 BYTES_SAVED = 3 * FLOAT32
+# How many values a method of aggregation keeps of each that it aggregates.
+AGGREGATOR_COPIES = {"fedavgm": 1, "fedadam": 2, "fedyogi": 2, "scaffold": 1}
 
 
 def checkpoint_of(rows: Checklist, name_or_path: str, option: str, drawn_from: int | None = None) -> Checkpoint | None:
@@ -99,21 +101,28 @@ def check_split(checkpoint: Checkpoint, job: Job) -> tuple[Check, SplitPlan | No
 def client_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: int) -> Need:
     """Head and tail, in plain FedAvg the trunk too, in float32; `checkpoints` of what is trained there, and the result.
 
-    Raises JobError.
+    SCAFFOLD's control variates, its own and the server's, are as large as what is trained. Raises JobError.
     """
     frozen, train = count(checkpoint, job, plan, job.client_parts)
-    return Need(frozen * FLOAT32 + train * BYTES_TRAINED, checkpoints * train * BYTES_SAVED + train * FLOAT32)
+    control = train * FLOAT32 if job.aggregation.type == "scaffold" else 0
+    saved = checkpoints * (train * BYTES_SAVED + control) + train * FLOAT32
+    return Need(frozen * FLOAT32 + train * BYTES_TRAINED + 2 * control, saved)
 
 
 def server_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: int) -> Need:
-    """The trunk, frozen weights in the job's dtype, and the averages of the clients' parts. Raises JobError."""
+    """The trunk, frozen weights in the job's dtype, the averages of the clients' parts, and what the aggregation keeps.
+
+    Raises JobError.
+    """
     frozen, train = (0, 0) if "trunk" in job.client_parts else count(checkpoint, job, plan, ("trunk",))
+    averages = aggregated = count(checkpoint, job, plan, job.client_parts)[1] * FLOAT32
     if job.cohort.adapters == "per_client":
+        aggregated += train * FLOAT32
         train *= job.cohort.clients
-    averages = count(checkpoint, job, plan, job.client_parts)[1] * FLOAT32
+    kept = averages + AGGREGATOR_COPIES.get(job.aggregation.type, 0) * aggregated
     width = FLOAT32 if job.training.trunk_dtype == "float32" else 2
-    memory = frozen * width + train * BYTES_TRAINED + averages
-    return Need(memory, checkpoints * (train * BYTES_SAVED + averages))
+    memory = frozen * width + train * BYTES_TRAINED + kept
+    return Need(memory, checkpoints * (train * BYTES_SAVED + kept))
 
 
 def count(checkpoint: Checkpoint, job: Job, plan: SplitPlan, names: Sequence[PartName]) -> tuple[int, int]:

@@ -14,9 +14,12 @@ from benchmarks.poisoning import Tampering
 from benchmarks.tiny_models import save_tiny_model
 from launcher.in_process import Background, Outcome, Site, serving, train_in_process, train_one, trunk_tensors
 from shared import state_files
-from shared.errors import ConnectionFailed
+from shared.errors import ConnectionFailed, JobError
+from shared.identity import generate_identity
 from shared.job import Job, Lora, parse_job
 from worker_client.local_trunk import trunk_of
+from worker_server.server import Server
+from worker_server.settings import ServerSettings
 
 NAMES = ("a", "b", "c")
 LORA = Lora(r=2)
@@ -148,3 +151,19 @@ def test_where_all_updates_are_refused_all_stay_where_they_were(model: Path, tmp
     for outcome in outcomes.values():
         for name, value in outcome.parts.parameters.items():
             assert torch.equal(value, start[f"trained/{name}"])
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "adapters", "said"),
+    [
+        ({"type": "median"}, "per_client", "each of 2 replicas has only its own clients'"),
+        ({"type": "fedavg", "lora": "exact"}, "shared", "does not reach a shared trunk"),
+    ],
+)
+def test_what_replicas_cannot_do_is_refused_before_they_meet(
+    aggregation: dict[str, Any], adapters: str, said: str, model: Path, tmp_path: Path
+) -> None:
+    settings = ServerSettings(replicas=2, rendezvous="tcp://127.0.0.1:1", state=tmp_path / "state")
+    server = Server(settings, job_of(model, aggregation, adapters=adapters), generate_identity("server"), dict)
+    with pytest.raises(JobError, match=said):
+        server.run()

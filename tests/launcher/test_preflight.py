@@ -22,14 +22,17 @@ from launcher.in_process import Background, Site, serving, train_one
 from launcher.main import main
 from launcher.preflight.checks import Check, Checklist, Status, one_line
 from launcher.preflight.files import check_clock, check_expiry
+from launcher.preflight.models import count, server_need
 from launcher.preflight.network import check_broker, check_free, check_metrics, check_name, probing
-from launcher.preflight.resources import available_memory, check_checkpoints, check_disk, check_memory, size
+from launcher.preflight.resources import Need, available_memory, check_checkpoints, check_disk, check_memory, size
 from launcher.preflight.server import check_device
 from shared import state_files
 from shared.allow_list import AllowList, revoke
 from shared.identity import generate_identity, load_identity
 from shared.invitations import load_invitation
-from shared.job import Job
+from shared.job import Job, parse_job
+from shared.model.checkpoint import Checkpoint
+from shared.model.plan import SplitPlan
 from shared.wire.curve import Door
 from worker_client.data import Row
 from worker_server.server import Server
@@ -543,3 +546,18 @@ def test_what_others_say_cannot_break_the_table() -> None:
     rows.add(Check("a", Status.OK, one_line("two\nlines \x1b[31m")))
     assert rows.rows[0].found == ascii("two lines \x1b[31m")
     assert size(1536) == "1.5 KiB"
+
+
+def test_what_the_aggregation_keeps_is_counted(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(str(save_tiny_model("llama", tmp_path)))
+    plan = SplitPlan(1, 1, 4)
+
+    def need(kind: str) -> Need:
+        job = parse_job({"model_name_or_path": "m", "aggregation": {"type": kind}}, "job")
+        return server_need(checkpoint, job, plan, 2)
+
+    averages = need("fedavgm").memory - need("fedavg").memory
+    trained = count(checkpoint, parse_job({"model_name_or_path": "m"}, "job"), plan, ("head", "tail"))[1]
+    assert averages == 4 * trained > 0
+    assert need("fedadam").memory - need("fedavg").memory == 2 * averages
+    assert need("fedadam").disk - need("fedavg").disk == 2 * 2 * averages

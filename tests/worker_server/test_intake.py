@@ -1,5 +1,6 @@
 """What a message must be before it becomes a ticket: sizes, dtypes, values and budgets, each with its refusal."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import Refused, TensorError
-from shared.job import Cohort, Data, Job, Training, Wire, WireFormat
+from shared.job import Cohort, Data, Job, Rounds, Training, Wire, WireFormat
 from shared.payload.messages import Backward, Forward, Join, Update
 from shared.payload.tensors import encode
 from shared.secure.records import Channel
@@ -139,3 +140,17 @@ def test_an_update_has_exactly_the_jobs_tensors(names: list[str]) -> None:
 def test_an_updates_tensors_have_the_jobs_shapes() -> None:
     with pytest.raises(TensorError, match="expected 2x2"):
         intake().update(SESSION, *update([("x", torch.zeros(4)), ("y", torch.zeros(3))]))
+
+
+def test_a_weight_beyond_all_tokens_of_a_round_is_refused_where_tokens_weigh() -> None:
+    """10 steps of 1 row of at most 10 tokens."""
+    values = [("x", torch.zeros(2, 2)), ("y", torch.zeros(3))]
+    message, frames = update(values)
+    most = message.model_copy(update={"weight": 100})
+    assert intake().update(SESSION, most, frames).weight == 100
+    beyond = message.model_copy(update={"weight": 101})
+    with pytest.raises(Refused, match="a weight of 101") as error:
+        intake().update(SESSION, beyond, frames)
+    assert error.value.reason == "weight"
+    by_rows = intake().job.model_copy(update={"rounds": Rounds(weighting="rows")})
+    assert replace(intake(), job=by_rows).update(SESSION, beyond, frames).weight == 101

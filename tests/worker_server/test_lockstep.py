@@ -407,3 +407,30 @@ def test_a_whole_cohort_that_waits_its_turn_has_no_deadline() -> None:
     assert lockstep.deadline() is None
     lockstep.forward(ticket(A, 1), 0, 0, 0, 3)
     assert lockstep.deadline() == 13
+
+
+def test_a_member_whose_update_is_refused_has_done_its_part_and_stays() -> None:
+    lockstep = started(local_steps=1)
+    step(lockstep, [A, B])
+    assert lockstep.update(ticket(A, refused="NaN"), 0, 0) == []
+    good = ticket(B, weight=3)
+    assert lockstep.update(good, 0, 0) == [Aggregate(0, (good,))]
+    start = lockstep.aggregation_done()
+    assert start == [StartRound(1, (ticket(A, refused="NaN"), good))]
+    assert lockstep.last_members == {"anna", "berta"}
+
+
+def test_a_round_whose_updates_are_all_refused_ends_without_any() -> None:
+    lockstep = started(local_steps=1)
+    step(lockstep, [A, B])
+    lockstep.update(ticket(A, refused="NaN"), 0, 0)
+    assert lockstep.update(ticket(B, refused="NaN"), 0, 0) == [Aggregate(0, ())]
+
+
+def test_a_refused_update_is_not_made_up_for() -> None:
+    lockstep = started(local_steps=1)
+    step(lockstep, [A, B])
+    lockstep.update(ticket(A, refused="NaN"), 0, 0)
+    (second,) = lockstep.update(ticket(A, request=2), 0, 0)
+    assert isinstance(second, Refuse)
+    assert second.code == "repeated"

@@ -16,6 +16,7 @@ from shared.job import Cohort, Job, Lora, Method, Prefix, Training, parse_job
 from shared.model.carve import load_part
 from shared.model.checkpoint import Checkpoint
 from shared.model.kv_cache import RowCache
+from shared.model.optimizer import PartOptimizer
 from shared.model.plan import SplitPlan
 from shared.model.trainable import make_trainable
 from worker_server.aggregators.fedavg import weighted_mean
@@ -323,3 +324,22 @@ def test_tiles_hold_one_clients_tokens_each_and_lose_none(tokens: list[int]) -> 
     assert torch.equal(tiles.join(cut), packed)
     owners = tiles.weights(torch.arange(len(tokens)).float() + 1).view(-1, 1, 1)
     assert bool(((cut == owners) | (cut == 0)).all())
+
+
+def test_fedprox_pulls_each_clients_adapter_to_where_the_round_began(folder: Path) -> None:
+    """Three steps of AdamW with clipping on given gradients, the proximal term's by autograd."""
+    mu = 0.7
+    values = job_of(folder, Cohort(clients=3, adapters="per_client")).model_dump(mode="json")
+    job = parse_job(values | {"aggregation": {"type": "median", "proximal_mu": mu}}, "job")
+    clients = _trunk(folder, job).clients
+    assert clients is not None
+    clients.admit(["a"])
+    start = clients.average.clone()
+    plain = torch.nn.Parameter(start.clone())
+    optimizer = PartOptimizer({"w": plain}, job.training, job.total_steps)
+    for seed in range(3):
+        gradient = torch.randn(len(start), generator=torch.Generator().manual_seed(seed))
+        clients.step({"a": gradient})
+        torch.autograd.backward(gradient @ plain + mu / 2 * ((plain - start) ** 2).sum())
+        optimizer.step()
+    torch.testing.assert_close(clients.clients["a"].vector, plain, rtol=1e-6, atol=1e-7)

@@ -10,7 +10,10 @@ import torch
 
 from launcher.local_run import free_port
 from shared.errors import ConnectionFailed, UsageError
+from shared.job import parse_job
+from worker_server.aggregators.method import Update
 from worker_server.replicas import Place, Replicas, device_of, place_of
+from worker_server.round_end import Aggregated, aggregate
 from worker_server.settings import ServerSettings
 
 WAIT_S = 60.0
@@ -41,6 +44,41 @@ def clients(replicas: Replicas) -> Any:
     replicas.announce_clients()
     replicas.earliest(0)
     return before, replicas.all_have_clients()
+
+
+AGGREGATIONS: list[dict[str, Any]] = [
+    {"type": "fedadam", "server_learning_rate": 0.1, "max_update_norm": 1.5},
+    {"type": "fedavg", "lora": "exact"},
+]
+FACTORS = ("x.lora_A.default.weight", "x.lora_B.default.weight")
+
+
+def rounds_of_updates(clients: slice) -> list[list[Update]]:
+    """Two rounds of three clients' updates; those of some of them."""
+    generator = torch.Generator().manual_seed(3)
+    rounds = [
+        [
+            Update(name, weight, {factor: torch.randn(2, 2, generator=generator) for factor in FACTORS})
+            for name, weight in (("a", 5), ("b", 1), ("c", 14))
+        ]
+        for _ in range(2)
+    ]
+    return [updates[clients] for updates in rounds]
+
+
+def aggregated(aggregation: dict[str, Any], clients: slice, replicas: Replicas | None) -> dict[str, list[float]]:
+    """Values and state after two rounds, a third in which nobody has an update changes nothing."""
+    job = parse_job({"model_name_or_path": "m", "cohort": {"clients": 3}, "aggregation": aggregation}, "job")
+    result = Aggregated({factor: torch.full((2, 2), 0.5) for factor in FACTORS}, {})
+    for updates in [*rounds_of_updates(clients), []]:
+        result = aggregate(job, result.values, updates, result.state, replicas)
+    return {name: value.flatten().tolist() for name, value in {**result.values, **result.state}.items()}
+
+
+def aggregates(replicas: Replicas) -> Any:
+    """The first has two of three clients, the second one."""
+    mine = (slice(0, 2), slice(2, 3))[replicas.place.replica]
+    return [aggregated(aggregation, mine, replicas) for aggregation in AGGREGATIONS]
 
 
 def dies(replicas: Replicas) -> Any:
@@ -83,6 +121,16 @@ def test_means_are_weighted_and_the_same_on_all() -> None:
     assert results[0][2] == [[1.0] * 3] * 2  # no weight anywhere: each keeps its own
     assert results[1][2] == [[2.0] * 3] * 2
     assert results[0][3] == results[1][3] == 4
+
+
+def test_replicas_aggregate_as_one_server_would_and_all_the_same() -> None:
+    results = run(aggregates)
+    assert results[0] == results[1]
+    for aggregation, together in zip(AGGREGATIONS, results[0], strict=True):
+        alone = aggregated(aggregation, slice(0, 3), None)
+        assert alone.keys() == together.keys()
+        for name, values in alone.items():
+            assert together[name] == pytest.approx(values, rel=1e-5, abs=1e-7), name
 
 
 def test_the_end_of_a_round_is_heard_without_waiting() -> None:

@@ -1,7 +1,7 @@
 """Multi-Krum (Blanchard et al., NIPS 2017): the mean of the m updates with the lowest Krum scores.
 
-m = n - f - 2, the most for which it is shown to withstand f (Damaskinos et al., AggregaThor, SysML 2019). Those chosen
-count the same, whatever they say they weigh.
+m = n - f - 2, as in AggregaThor (Damaskinos et al., SysML 2019). Those chosen count the same, whatever they say they
+weigh.
 """
 
 from collections.abc import Sequence
