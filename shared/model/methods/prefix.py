@@ -6,8 +6,8 @@ a row's own positions begin after the virtual ones. In a layer with a sliding wi
 row's beginning see no prefix.
 
 Each layer's lie where the layer lies, beside its attention, where shared/model/packing.py finds them, so that nothing
-of them travels. They begin as peft's do, normal with deviation 1, drawn from the job's seed and the tensor's name in
-the whole model.
+of them travels. They begin as peft's do, normal with deviation 1, drawn from the job's seed and the tensor's name
+in the whole model.
 """
 
 from typing import Any
