@@ -19,6 +19,8 @@ from shared.job import Job, parse_job
 # Under greedy cohorts whoever is there is served; a round goes on without those who left.
 ROUNDS = 1_000_000
 FILES_A_MEMBER = 6
+# What the broker allows an admitted client; whoever is put out again and again uses it.
+PEERS_OF_ONE = 16
 
 
 def make_scene(plan: Plan, folder: Path, model: str | None) -> Job:
@@ -79,7 +81,11 @@ def check_open_files(plan: Plan) -> None:
 def words(plan: Plan, folder: Path, server_threads: int) -> dict[str, list[str]]:
     """The commands of broker and server, with addresses where both can be watched."""
     clients, servers = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
-    broker = [*broker_words(folder, clients, servers), "--max-peers", str(plan.clients + 64)]
+    broker = [
+        *broker_words(folder, clients, servers),
+        "--max-peers",
+        str(plan.clients + PEERS_OF_ONE * plan.hostile + 64),
+    ]
     server = [*server_words(folder, servers, server_threads), "--max-sessions", str(2 * plan.clients + 64)]
     return {"broker": broker, "server": server}
 
