@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from launcher.output import Format, FormatOption, fail, succeed
+from launcher.svg import plain
 from shared.errors import DataError
 from shared.job import Data
 
@@ -81,7 +82,7 @@ def described(found: "Survey") -> list[str]:
 
 
 def _numbers(distribution: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:,.4g}" for name, value in distribution.items()) or "none"
+    return ", ".join(f"{name} {plain(value)}" for name, value in distribution.items()) or "none"
 
 
 def pictured(example: "Example") -> Text:
