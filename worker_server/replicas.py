@@ -133,8 +133,10 @@ class Replicas:
     def mean(self, values: Mapping[str, Tensor], weight: int) -> dict[str, Tensor]:
         """The mean over all replicas, weighted, of the values' own type: the same on each. Sums are float64.
 
-        `values`: the same names and shapes everywhere. With no weight anywhere they are returned as they are.
+        `values`: the same names and shapes everywhere, in any order (one that was restored has another than one that was
+        not). With no weight anywhere they are returned as they are.
         """
+        values = dict(sorted(values.items()))
         if not values:
             self._reduce(torch.zeros(1, dtype=torch.float64, device=self.device), dist.ReduceOp.SUM)
             return {}
