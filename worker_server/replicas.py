@@ -133,8 +133,8 @@ class Replicas:
     def mean(self, values: Mapping[str, Tensor], weight: int) -> dict[str, Tensor]:
         """The mean over all replicas, weighted, of the values' own type: the same on each. Sums are float64.
 
-        `values`: the same names and shapes everywhere, in any order (a replica that was restored has another than one that
-        was not). With no weight anywhere they are returned as they are.
+        `values`: the same names and shapes everywhere, in any order: a replica that was restored has another than one
+        that was not. With no weight anywhere they are returned as they are.
         """
         values = dict(sorted(values.items()))
         if not values:
