@@ -8,8 +8,7 @@ from prometheus_client.registry import Collector
 
 from broker.routing import Router
 from broker.throttle import Throttle
-
-REFUSED = "refused_"
+from shared.monitoring import refusals
 
 
 class BrokerMetrics(Collector):
@@ -36,8 +35,4 @@ class BrokerMetrics(Collector):
                 passed.add_metric([direction], counters[f"{what}_{direction}"])
             yield passed
         yield CounterMetricFamily("flglm_broker_peers_gone", "Connections that ended.", value=counters["peers_gone"])
-        refused = CounterMetricFamily("flglm_broker_refusals", "Messages and peers refused.", labels=["code"])
-        for name, count in counters.items():
-            if name.startswith(REFUSED):
-                refused.add_metric([name.removeprefix(REFUSED)], count)
-        yield refused
+        yield refusals("flglm_broker_refusals", "Messages and peers refused.", counters)

@@ -18,6 +18,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launcher.client_options import (
+    DataOption,
+    InviteOption,
+    ModelOption,
+    PolicyOption,
+    ValidationFractionOption,
+    ValidationOption,
+)
 from launcher.output import Format, FormatOption, emit, fail, succeed
 from launcher.people import BrokerCardsOption, ClientsOption, MetricsOption, PlainOption
 from launcher.preflight.checks import Check, Checklist, Status
@@ -105,16 +113,14 @@ def check_server(
 
 
 def check_client(
-    invite: Annotated[Path, typer.Option("--invite", help="the invitation that the operator sent")],
+    invite: InviteOption,
     key: KeyOption,
-    data: Annotated[Path, typer.Option("--data", help="private rows: JSONL, .json, .csv, .parquet")],
+    data: DataOption,
     out: Annotated[Path, typer.Option("--out", help="folder for the result and for checkpoints")],
-    validation: Annotated[Path | None, typer.Option("--validation", help="rows to measure on, likewise")] = None,
-    validation_fraction: Annotated[
-        float, typer.Option("--validation-fraction", min=0, max=0.9, help="held out of --data, without --validation")
-    ] = 0.1,
-    model: Annotated[str | None, typer.Option("--model", help="this site's copy of the job's model")] = None,
-    policy: Annotated[Path | None, typer.Option("--policy", help="what this site accepts, YAML")] = None,
+    validation: ValidationOption = None,
+    validation_fraction: ValidationFractionOption = 0.1,
+    model: ModelOption = None,
+    policy: PolicyOption = None,
     job: Annotated[
         Path | None, typer.Option("--job", help="a copy of the job file, for when the server is not there yet")
     ] = None,

@@ -9,6 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher.client_options import (
+    DataOption,
+    InviteOption,
+    ModelOption,
+    PolicyOption,
+    ValidationFractionOption,
+    ValidationOption,
+)
 from launcher.output import Format, FormatOption, emit, succeed
 from launcher.peak_memory import peak_memory_bytes
 from launcher.people import BrokerCardsOption, MetricsOption, PlainOption, brokers_at
@@ -156,16 +164,14 @@ def up(
 
 
 def client_train(
-    invite: Annotated[Path, typer.Option("--invite", help="the invitation that the operator sent")],
+    invite: InviteOption,
     key: KeyOption,
-    data: Annotated[Path, typer.Option("--data", help="private rows: JSONL, .json, .csv, .parquet")],
+    data: DataOption,
     out: Annotated[Path, typer.Option("--out", help="folder for the result and for checkpoints; found there, resumes")],
-    validation: Annotated[Path | None, typer.Option("--validation", help="rows to measure on, likewise")] = None,
-    validation_fraction: Annotated[
-        float, typer.Option("--validation-fraction", min=0, max=0.9, help="held out of --data, without --validation")
-    ] = 0.1,
-    model: Annotated[str | None, typer.Option("--model", help="this site's copy of the job's model")] = None,
-    policy: Annotated[Path | None, typer.Option("--policy", help="what this site accepts, YAML")] = None,
+    validation: ValidationOption = None,
+    validation_fraction: ValidationFractionOption = 0.1,
+    model: ModelOption = None,
+    policy: PolicyOption = None,
     connect_timeout: Annotated[
         float, typer.Option("--connect-timeout", min=0.1, help="seconds to wait for broker and server")
     ] = 30.0,

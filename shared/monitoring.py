@@ -7,7 +7,7 @@ that nobody can occupy the role through it.
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
+from prometheus_client.core import CounterMetricFamily
 
 from shared.errors import ConnectionFailed, UsageError
 
@@ -22,6 +23,8 @@ from shared.errors import ConnectionFailed, UsageError
 LONGEST_TURN_S = 30.0
 REQUEST_S = 5.0
 STOP_POLL_S = 0.1
+# What a role calls its counters of refusals, before the code.
+REFUSED = "refused_"
 
 
 @dataclass
@@ -43,6 +46,15 @@ def new_registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     return registry
+
+
+def refusals(name: str, text: str, counters: Mapping[str, int]) -> CounterMetricFamily:
+    """Those of a role's `counters` that count refusals, as `name` by code."""
+    refused = CounterMetricFamily(name, text, labels=["code"])
+    for counter, count in counters.items():
+        if counter.startswith(REFUSED):
+            refused.add_metric([counter.removeprefix(REFUSED)], count)
+    return refused
 
 
 @contextmanager

@@ -119,7 +119,7 @@ class Training:
         expected = {name: parameter.shape for name, parameter in self.parts.parameters.items()}
         for told in (boundary.averages, boundary.control):
             if told and {name: value.shape for name, value in told.items()} != expected:
-                raise TensorError("the server's averages do not fit this client's head and tail")
+                raise TensorError("the server's averages do not fit this client's parts")
         self.parts.residuals.apply(boundary.residuals)
         if not boundary.averages:
             return

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from shared.monitoring import refusals
 from worker_server.service import Service
-
-REFUSED = "refused_"
 
 
 class ServerMetrics(Collector):
@@ -43,11 +42,7 @@ class ServerMetrics(Collector):
             "Updates scaled down to aggregation.max_update_norm.",
             value=self.service.counters["updates_bounded"],
         )
-        refused = CounterMetricFamily("flglm_server_refusals", "Messages and sessions refused.", labels=["code"])
-        for name, count in self.service.counters.copy().items():
-            if name.startswith(REFUSED):
-                refused.add_metric([name.removeprefix(REFUSED)], count)
-        yield refused
+        yield refusals("flglm_server_refusals", "Messages and sessions refused.", self.service.counters.copy())
 
     def _checkpoint_age(self) -> Iterable[Metric]:
         kept_at = self.service.engine.progress.kept_at
