@@ -4,15 +4,13 @@ import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 
 from launcher.charts import BAR_ROW, Bar, BarGroup, Line, Point, bar_chart, line_chart
+from launcher.html_page import html_page
 from launcher.report_data import Curve, Process, Report, alone_text, bytes_text, duration_text, metric_text
 from launcher.wire_picture import wire_picture
 
 TEMPLATE = Path(__file__).with_name("report.html")
-# For every page that flglm writes.
-STYLE = Path(__file__).with_name("style.css")
 CLIENT_COLOURS = 7
 POOLED_COLOUR = 7
 # Thick bars for the few that matter most.
@@ -24,8 +22,9 @@ MOST_POINTS = 400
 
 def page(report: Report) -> str:
     """The whole page. Every text from the report is escaped."""
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        style=STYLE.read_text(encoding="utf-8"),
+    return html_page(
+        report.title,
+        TEMPLATE,
         title=escape(report.title),
         headline=_headline(report),
         summary=_summary(report),

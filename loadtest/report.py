@@ -4,11 +4,10 @@ import json
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from launcher.charts import Bar, BarGroup, Line, bar_chart, line_chart
-from launcher.report_page import STYLE
+from launcher.html_page import html_page
 from loadtest.measure import Sample
 from loadtest.summary import ROLES, memory_mib
 
@@ -63,8 +62,9 @@ def write_report(summary: dict[str, Any], samples: Sequence[Sample], out: Path) 
 def page(summary: dict[str, Any], samples: Sequence[Sample]) -> str:
     """One page without scripts."""
     forward = summary["latencies"]["forward"]
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        style=STYLE.read_text(encoding="utf-8"),
+    return html_page(
+        "load test",
+        TEMPLATE,
         seconds=f"{summary['seconds']:.0f} seconds",
         headline=f'<em class="together">{summary["clients"]:,}</em> clients, {summary["errors"]:,} errors.',
         summary=escape(

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
+from launcher.html_page import html_page
 from launcher.partition.stacked_bars import Stack, stacked_bars
-from launcher.report_page import STYLE
 
 TEMPLATE = Path(__file__).with_name("page.html")
 # Labels with a column and a colour of their own; the others are shown as one.
@@ -104,8 +103,9 @@ def page(summary: Summary) -> str:
     """One page without scripts; every text from the rows is escaped."""
     names, counts = shown_counts(summary)
     stacks = [Stack(client.file, parts) for client, parts in zip(summary.clients, counts, strict=True)]
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        style=STYLE.read_text(encoding="utf-8"),
+    return html_page(
+        Path(summary.source).name,
+        TEMPLATE,
         source=escape(Path(summary.source).name),
         rows=f"{summary.rows:,}",
         clients=f"{len(summary.clients):,}",
