@@ -1,0 +1,38 @@
+"""The job: one training task, described by the server's job file and sent to every client.
+
+One source for all settings: YAML on disk, JSON on the wire, a SHA-256 digest of the canonical JSON in invitations and
+handshakes, so that no setting can be changed between operator and client. Names are those of Hugging Face and peft
+where those exist.
+"""
+
+from shared.job.aggregation import Adaptive, Aggregation, AnyKrum, FedAvg, FedAvgM, Scaffold, TrimmedMean
+from shared.job.job import Job, load_job, parse_job
+from shared.job.methods import Full, Lora, Method, MethodName, Prefix, Prompt, TrainedPart, Training
+from shared.job.rounds import Cohort, Data, Rounds, Split, Wire, WireFormat
+
+__all__ = [
+    "Adaptive",
+    "Aggregation",
+    "AnyKrum",
+    "Cohort",
+    "Data",
+    "FedAvg",
+    "FedAvgM",
+    "Full",
+    "Job",
+    "Lora",
+    "Method",
+    "MethodName",
+    "Prefix",
+    "Prompt",
+    "Rounds",
+    "Scaffold",
+    "Split",
+    "TrainedPart",
+    "Training",
+    "TrimmedMean",
+    "Wire",
+    "WireFormat",
+    "load_job",
+    "parse_job",
+]

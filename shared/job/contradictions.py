@@ -1,0 +1,153 @@
+"""Settings that contradict each other: each check names them, and what to change."""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from shared.job.aggregation import AnyKrum, FedAvg, Scaffold, TrimmedMean
+from shared.job.methods import Lora
+
+if TYPE_CHECKING:
+    from shared.job.job import Job
+
+
+def first_contradiction(job: "Job") -> str | None:
+    """One line, or None."""
+    for check in CHECKS:
+        for fault in check(job):
+            return fault
+    return None
+
+
+def _cohort(job: "Job") -> Iterator[str]:
+    cohort, training, method = job.cohort, job.training, job.method
+    if len(set(training.parts)) != len(training.parts):
+        yield "training.parts names a part twice"
+    if cohort.needed > cohort.clients:
+        yield "cohort.quorum is larger than cohort.clients: no round would ever begin"
+    own = method.type in ("lora", "prefix") and "trunk" in training.parts
+    if cohort.adapters == "per_client" and not own:
+        yield "cohort.adapters=per_client needs method.type=lora or prefix, and trunk among training.parts"
+    if cohort.adapters == "per_client" and isinstance(method, Lora) and method.use_dora:
+        yield (
+            "method.use_dora divides by the norm of each client's whole adapted weight, which "
+            "cohort.adapters=per_client never builds: use shared adapters, or LoRA without use_dora"
+        )
+    accumulated = training.gradient_accumulation_steps
+    if cohort.mode == "greedy" and accumulated > 1:
+        yield (
+            f"training.gradient_accumulation_steps={accumulated} needs cohort.mode=lockstep: in greedy mode every "
+            "batch is a step"
+        )
+    if cohort.mode == "lockstep" and cohort.in_flight > accumulated:
+        yield (
+            f"cohort.in_flight={cohort.in_flight} needs training.gradient_accumulation_steps of as many in "
+            "lockstep: a client has only batches of one step under way"
+        )
+    batch_tokens = training.per_device_train_batch_size * job.data.max_length
+    if batch_tokens > cohort.max_batch_tokens:
+        yield (
+            f"a batch may hold {batch_tokens} tokens (training.per_device_train_batch_size x data.max_length), "
+            f"more than cohort.max_batch_tokens={cohort.max_batch_tokens}"
+        )
+
+
+def _weights(job: "Job") -> Iterator[str]:
+    training, full = job.training, job.method.type == "full"
+    if training.trunk_dtype != "float32" and full and "trunk" in training.parts:
+        yield f"training.trunk_dtype={training.trunk_dtype} is for frozen weights; method.type=full trains them"
+    if training.from_scratch and not (full and len(training.parts) == 3):
+        yield (
+            "training.from_scratch=true begins with random weights: it needs method.type=full and all three of "
+            "training.parts"
+        )
+
+
+def _plain_fedavg(job: "Job") -> Iterator[str]:
+    if job.split.trunk != "client":
+        return
+    for setting, value, only, reason in (
+        ("cohort.mode", job.cohort.mode, "lockstep", "the server has no trunk that could be free"),
+        ("cohort.adapters", job.cohort.adapters, "shared", "there are no adapters at the server"),
+        ("cohort.in_flight", job.cohort.in_flight, 1, "batches stay where they are"),
+        ("wire.hidden", job.wire.hidden, "float32", "no hidden states travel"),
+        ("wire.gradient", job.wire.gradient, "float32", "no gradients travel"),
+    ):
+        if value != only:
+            yield f"{setting}={value} contradicts split.trunk=client: {reason}"
+
+
+def _prompt(job: "Job") -> Iterator[str]:
+    method, parts = job.method, job.training.parts
+    if method.type != "prompt":
+        return
+    if parts != ("head",):
+        yield (f"method.type=prompt trains embeddings in the head alone: training.parts={list(parts)} must be [head]")
+    if method.num_virtual_tokens + 2 > job.data.max_length:
+        yield (
+            f"method.num_virtual_tokens={method.num_virtual_tokens} leaves no room for rows in "
+            f"data.max_length={job.data.max_length}, which counts both"
+        )
+
+
+def _aggregation(job: "Job") -> Iterator[str]:
+    aggregation, members = job.aggregation, job.cohort.needed
+    name = f"aggregation.type={aggregation.type}"
+    per_client = job.cohort.adapters == "per_client"
+    at_clients = bool(set(job.client_parts) & set(job.training.parts))
+    shared_trunk = "trunk" in job.training.parts and "trunk" not in job.client_parts and not per_client
+    if aggregation != FedAvg() and not at_clients and not per_client:
+        yield (
+            f"aggregation (type={aggregation.type}) has nothing to aggregate: add head or tail to training.parts, or "
+            "set cohort.adapters=per_client"
+        )
+    yield from _lora(job)
+    if aggregation.robust and shared_trunk:
+        yield (
+            f"{name} cannot look at a trunk that all train at once: set cohort.adapters=per_client, or leave trunk out "
+            "of training.parts"
+        )
+    if members < aggregation.least_updates:
+        yield f"{name} needs rounds of {aggregation.least_updates} clients at least; cohort.quorum is {members}"
+    if isinstance(aggregation, TrimmedMean) and aggregation.cut(members) == 0:
+        yield (
+            f"aggregation.trim_ratio={aggregation.trim_ratio:g} of {members} clients (cohort.quorum) leaves nobody "
+            f"out: it takes 1/{members} at least"
+        )
+    if isinstance(aggregation, AnyKrum) and members < 2 * aggregation.byzantine + 3:
+        yield (
+            f"{name} with aggregation.byzantine={aggregation.byzantine} needs rounds of 2 x byzantine + 3 = "
+            f"{2 * aggregation.byzantine + 3} clients at least; cohort.quorum is {members}"
+        )
+    if isinstance(aggregation, Scaffold):
+        yield from _scaffold(job)
+
+
+def _lora(job: "Job") -> Iterator[str]:
+    aggregation = job.aggregation
+    name = f"aggregation.lora={aggregation.lora}"
+    if aggregation.lora != "average" and job.method.type != "lora":
+        yield f"{name} needs method.type=lora"
+    if aggregation.lora != "average" and isinstance(job.method, Lora) and job.method.use_dora:
+        yield f"{name} is about products of two factors: it needs method.use_dora=false"
+    if aggregation.lora == "exact" and aggregation.type != "fedavg":
+        yield f"{name} makes a weighted mean exact: it needs aggregation.type=fedavg"
+    if aggregation.lora == "exact" and job.cohort.adapters == "per_client" and job.training.trunk_dtype != "float32":
+        yield f"{name} adds to the trunk's frozen weights: it needs training.trunk_dtype=float32"
+
+
+def _scaffold(job: "Job") -> Iterator[str]:
+    """Control variates are mean gradients, read off a client's way: it must be the sum of its steps' gradients."""
+    training = job.training
+    wants = (
+        (training.optim == "sgd", "training.optim=sgd"),
+        (training.lr_scheduler_type == "constant", "training.lr_scheduler_type=constant"),
+        (training.max_grad_norm is None, "training.max_grad_norm=null"),
+        (job.cohort.adapters == "shared", "cohort.adapters=shared"),
+        (job.aggregation.max_update_norm is None, "aggregation.max_update_norm=null"),
+    )
+    missing = [setting for holds, setting in wants if not holds]
+    if missing:
+        yield f"aggregation.type=scaffold needs {', '.join(missing)}"
+
+
+CHECKS: tuple[Callable[["Job"], Iterator[str]], ...] = (_cohort, _weights, _plain_fedavg, _prompt, _aggregation)

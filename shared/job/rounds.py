@@ -1,0 +1,73 @@
+"""On what, when and with whom a job trains: data, rounds, cohorts, the numbers on the wire."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from shared.job.settings import Positive, Seconds, Settings
+
+WireFormat = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+
+
+class Split(Settings):
+    """How many blocks stay with the client, before (`head_blocks`) and after (`tail_blocks`) the trunk.
+
+    `trunk: client` is plain FedAvg, what splitting is compared with: every client holds and trains the whole model, and
+    nothing but its updates travels.
+    """
+
+    head_blocks: Positive = 1
+    tail_blocks: Positive = 1
+    trunk: Literal["server", "client"] = "server"
+
+
+class Data(Settings):
+    """Rows longer than `max_length` tokens are truncated or skipped, and counted either way."""
+
+    max_length: Annotated[int, Field(ge=2, le=1_048_576)] = 256
+    too_long: Literal["truncate", "skip"] = "truncate"
+
+
+class Rounds(Settings):
+    """`count` rounds of `local_steps` steps each; after each, clients' heads and tails are aggregated.
+
+    `weighting`: what a mean weighs a client by, its target tokens in the round or its rows.
+    """
+
+    count: Positive = 10
+    local_steps: Positive = 10
+    weighting: Literal["tokens", "rows"] = "tokens"
+    evaluate_every: Positive = 1
+
+
+class Cohort(Settings):
+    """Who steps together. Training starts with `clients` clients; a step waits `deadline_s` for the last of them.
+
+    `quorum`: with fewer members a round is undone, and waits for those who are missing; by default with any fewer than
+    `clients`, so that a run which lost somebody for a while ends as if it had not.
+    `mode`: lockstep, where every step is one of all clients, exactly; or greedy, where the trunk takes what is there,
+    and a cohort's backward waits `patience_s` for the last gradient. `in_flight`: how many batches (lockstep: of one
+    step) a client has under way at once, to hide the network's delay.
+    `adapters`: one set in the trunk, trained by all, or one a client (of at most `clients`), averaged after each round.
+    """
+
+    clients: Annotated[int, Field(ge=1, le=4096)] = 1
+    quorum: Annotated[int, Field(ge=1, le=4096)] | None = None
+    adapters: Literal["shared", "per_client"] = "shared"
+    mode: Literal["lockstep", "greedy"] = "lockstep"
+    in_flight: Annotated[int, Field(ge=1, le=16)] = 1
+    deadline_s: Seconds = 120.0
+    patience_s: Seconds = 1.0
+    max_batch_tokens: Annotated[int, Field(ge=1, le=2**24)] = 65_536
+
+    @property
+    def needed(self) -> int:
+        """The quorum."""
+        return self.clients if self.quorum is None else self.quorum
+
+
+class Wire(Settings):
+    """The number format of hidden states and of gradients on the wire; layouts in docs/protocol.md."""
+
+    hidden: WireFormat = "float32"
+    gradient: WireFormat = "float32"
