@@ -59,6 +59,25 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Replace a small file, flushed to disk, whole or not at all. Raises CheckpointError if the disk refuses."""
+    draft = path.with_name(f".{path.name}.draft")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(document))
+        _flush(draft)
+        draft.replace(path)
+        _flush(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote. Raises CheckpointError if it cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__})") from None
+
+
 def path_of(folder: Path, number: int) -> Path:
     return folder / f"checkpoint-{number}"
 

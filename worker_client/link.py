@@ -70,7 +70,7 @@ class Link:
         connect_timeout_s: float = 30.0,
         context: "zmq.Context[zmq.Socket[bytes]] | None" = None,
     ) -> None:
-        self.private = identity.private
+        self.identity = identity
         self.server = server
         self.job = job
         self.connect_timeout_s = connect_timeout_s
@@ -160,7 +160,7 @@ class Link:
 
     def _shake_hands(self) -> Channel:
         header = Open(version=PROTOCOL_VERSION, session=self.session, server=key_digest(self.server), job=self.job)
-        handshake = ClientHandshake(self.private, self.server, header)
+        handshake = ClientHandshake(self.identity.private, self.server, header)
         greeting = pack_envelope(header, [handshake.message_1])
         self.connection.send(greeting)
         deadline = time.monotonic() + self.connect_timeout_s

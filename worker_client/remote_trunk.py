@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -19,13 +19,20 @@ from shared.payload.messages import (
     Gradient,
     Hidden,
     Join,
+    Mask,
+    Masking,
+    Message,
     Release,
     RoundStart,
+    SumOf,
     Update,
 )
 from shared.payload.tensors import decode, encode
+from shared.wire.envelope import Frame
 from worker_client.batches import Batch
 from worker_client.link import Answer, Link
+
+Due = TypeVar("Due")
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,8 @@ class Boundary:
     """Between rounds: the round to train next, or None when the job is finished, and the averages of head and tail.
 
     `control`: the server's control variates (SCAFFOLD), `residuals`: by module, what is added to frozen weights
-    (FedEx-LoRA), if there are any yet. `refused`: why the update of the round before did not count, if so.
+    (FedEx-LoRA), if there are any yet. `sum`: among whom updates are masked, if they are. `refused`: why the update of
+    the round before did not count, if so.
     """
 
     round: int | None
@@ -42,6 +50,7 @@ class Boundary:
     control: dict[str, Tensor] = field(default_factory=dict)
     residuals: dict[str, Tensor] = field(default_factory=dict)
     refused: str | None = None
+    sum: SumOf | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,21 @@ class RemoteTrunk:
             tensors=tuple(info for info, _ in encoded),
         )
         return self._boundary(message, [frame for _, frame in encoded])
+
+    def mask(
+        self, round: int, body: Message, due: type[Due], frames: Sequence[Frame] = (), *, weight: int = 0
+    ) -> "Due | Boundary":
+        """A step of the round's masked sum, in place of `update`; the answer, which is `due` or ends the round.
+
+        `weight`: that of this client's own adapter in the trunk, in the first step.
+        """
+        message = Mask(request=self.link.next_request(), round=round, weight=weight, body=body)  # type: ignore[arg-type]
+        answer = self._call(message, frames)
+        if not isinstance(answer.message, Masking):
+            return self._read_boundary(answer)
+        if not isinstance(answer.message.body, due):
+            raise SchemaError(f"the server answered with {answer.message.body.type}, out of turn")
+        return answer.message.body
 
     def send_forward(
         self,
@@ -143,8 +167,10 @@ class RemoteTrunk:
         message = Forward(request=self.link.next_request(), lengths=batch.lengths, tensors=(info,), **settings)
         return Pending(message.request, tuple(hidden.shape), self.link.send(message, [frame]))
 
-    def _boundary(self, message: Join | Update, frames: list[memoryview]) -> Boundary:
-        answer = self._call(message, frames)
+    def _boundary(self, message: Join | Update, frames: Sequence[Frame]) -> Boundary:
+        return self._read_boundary(self._call(message, frames))
+
+    def _read_boundary(self, answer: Answer) -> Boundary:
         reply = _expect(answer, RoundStart, Finished)
         tensors = {
             info.name: decode(info, frame, dtype="float32")
@@ -153,10 +179,10 @@ class RemoteTrunk:
         control, residuals = (_under(prefix, tensors) for prefix in (CONTROL, RESIDUAL))
         averages = {name: value for name, value in tensors.items() if not name.startswith((CONTROL, RESIDUAL))}
         finished = isinstance(reply, Finished)
-        round, members = (None, 0) if finished else (reply.round, reply.members)
-        return Boundary(round, members, averages, control, residuals, reply.refused)
+        round, members, sum = (None, 0, None) if finished else (reply.round, reply.members, reply.sum)
+        return Boundary(round, members, averages, control, residuals, reply.refused, sum)
 
-    def _call(self, message: Any, frames: list[memoryview]) -> Answer:
+    def _call(self, message: Any, frames: Sequence[Frame]) -> Answer:
         return self.link.call(message, frames, timeout_s=self.timeout_s)
 
 

@@ -17,6 +17,7 @@ from worker_client.batches import pack_rows
 from worker_client.data import Row
 from worker_client.drift import begin, next_control
 from worker_client.head_tail import NO_SCORE, HeadTail, Score
+from worker_client.masking import MaskedUpdates, Roster
 from worker_client.remote_trunk import Boundary, RemoteTrunk
 from worker_client.steps import Report, Steps
 
@@ -26,7 +27,10 @@ KEPT_CHECKPOINTS = 3
 
 @dataclass
 class Training:
-    """One client's run. `report` gets an event a step, an evaluation and a round: plain data, never text or tokens."""
+    """One client's run. `report` gets an event a step, an evaluation and a round: plain data, never text or tokens.
+
+    `roster`: whom this client's owner knows to be a client of the job; None for whomever the server names.
+    """
 
     job: Job
     parts: HeadTail
@@ -35,6 +39,7 @@ class Training:
     validation: Sequence[Row]
     out: Path
     report: Report
+    roster: Roster | None = None
     optimizer: PartOptimizer = field(init=False)
     completed: int = field(init=False, default=0)
     control: dict[str, Tensor] = field(init=False, default_factory=dict)
@@ -46,11 +51,15 @@ class Training:
     def run(self) -> Score | None:
         """Train until the job is finished; the joint model's score on the validation rows, if there are any."""
         self._resume()
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.parts.parameters.items()}
+        masked = MaskedUpdates(self.job, self.trunk.link.identity, shapes, self.out, self.report, self.roster)
         boundary = self.trunk.join(len(self.rows))
         score: Score | None = None
         while boundary.round is not None:
+            terms = masked.terms(boundary)
             self._align(boundary.round)
             self._apply(boundary)
+            start = {} if terms is None else {name: value.clone() for name, value in self._trained().items()}
             self.report({"event": "round", "round": boundary.round, "members": boundary.members})
             if boundary.round % self.job.rounds.evaluate_every == 0:
                 score = self._evaluate(boundary.round)
@@ -61,7 +70,10 @@ class Training:
             if self.job.rounds.weighting == "rows":
                 weight = len(self.rows)
             trained = boundary.round
-            boundary = self.trunk.update(trained, weight, self._trained())
+            if terms is None:
+                boundary = self.trunk.update(trained, weight, self._trained())
+            else:
+                boundary = masked.hand_in(self.trunk, terms, trained, weight, start, self._trained())
             if boundary.refused is not None:
                 self.report({"event": "update_refused", "round": trained, "reason": boundary.refused})
                 self.control = control  # the server's does not know of this round's

@@ -3,6 +3,7 @@
 It knows no sockets and no sessions. An error in it is kept and raised to whoever collects the outcomes.
 """
 
+import logging
 import queue
 import threading
 import time
@@ -13,7 +14,10 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
+from shared.errors import AggregationError
+from shared.logs import event
 from worker_server.aggregators.method import Update
+from worker_server.masking import RoundSum, Summed
 from worker_server.progress import Progress
 from worker_server.replicas import Replicas
 from worker_server.round_end import aggregate
@@ -33,12 +37,15 @@ from worker_server.work import (
 
 QUEUE_LENGTH = 64
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Computed:
     """The outcome of `work`: a tensor for each ticket, where there is one to send. Monotonic times.
 
-    `bounded`: how many updates were scaled down.
+    `bounded`: how many updates were scaled down. Of a masked sum, `failure`: why it could not be had, if so; `liars`:
+    how many helped to unmask it with shares that they had not been dealt.
     """
 
     work: Work
@@ -46,6 +53,8 @@ class Computed:
     began: float = 0.0
     ended: float = 0.0
     bounded: int = 0
+    failure: AggregationError | None = None
+    liars: int = 0
 
 
 class Engine:
@@ -128,8 +137,10 @@ class Engine:
                     self._trunk.step(steps)
                 pairs = zip(present, results, strict=True)
                 return Computed(work, tuple((ticket, result) for ticket, result in pairs if ticket is not None))
-            case Aggregate(round_, updates):
-                return Computed(work, bounded=self._end_round(round_, updates))
+            case Aggregate(round_, updates, sum_):
+                if sum_ is not None:
+                    return self._unmask(work, round_, sum_)
+                return Computed(work, bounded=self._end_round(round_, updates, None))
             case Restore(round_):
                 self.progress.restore(round_)
                 return Computed(work)
@@ -142,7 +153,19 @@ class Engine:
         assert isinstance(self.progress.trunk, Trunk)
         return self.progress.trunk
 
-    def _end_round(self, round: int, tickets: Sequence[Ticket]) -> int:
+    def _unmask(self, work: Work, round: int, sum_: RoundSum) -> Computed:
+        """The end of a round whose updates are masked. Without a sum all go on from where they began."""
+        try:
+            summed = sum_.finish()
+        except AggregationError as error:
+            self._end_round(round, (), None)
+            return Computed(work, failure=error)
+        if summed.liars:
+            event(logger, "wrong_shares", level=logging.WARNING, clients=",".join(summed.liars), round=round)
+        self._end_round(round, (), summed)
+        return Computed(work, liars=len(summed.liars))
+
+    def _end_round(self, round: int, tickets: Sequence[Ticket], summed: Summed | None) -> int:
         """Heads, tails and per-client adapters aggregated, replicas' trunks averaged; then a checkpoint.
 
         How many updates were scaled down.
@@ -154,12 +177,16 @@ class Engine:
             Update(ticket.client, ticket.weight, {**ticket.payload, **trunk.own_values(ticket.client)})
             for ticket in tickets
         ]
+        weight = sum(update.weight for update in updates)
+        if summed is not None:
+            weight = summed.weight
+            if trunk.own_start():
+                updates = [Update(c, summed.weights[c], trunk.own_values(c)) for c in summed.contributors]
         if self.replicas is not None:
             self.replicas.announce_end(round)
-        result = aggregate(progress.job, start, updates, progress.aggregator, self.replicas)
+        result = aggregate(progress.job, start, updates, progress.aggregator, self.replicas, summed)
         trunk.end_round({name: value for name, value in result.values.items() if name not in heads_and_tails})
         if self.replicas is not None:
-            weight = sum(ticket.weight for ticket in tickets)
             trunk.take_round_values(self.replicas.mean(trunk.round_values(), weight))
         trunk.take_residuals(result.state)
         progress.complete_round({name: result.values[name] for name in heads_and_tails}, result.state)

@@ -11,6 +11,7 @@ Not exact: a step's gradient belongs to the parameters that its forward used, an
 
 from dataclasses import dataclass, field
 
+from worker_server.masking import Sums
 from worker_server.rounds import Plan, Rounds
 from worker_server.work import Instruction, RunBackward, RunForward, Ticket, in_order, refuse
 
@@ -37,8 +38,10 @@ class Member:
 
 
 class Greedy(Rounds):
-    def __init__(self, plan: Plan, round: int = 0) -> None:
-        super().__init__(plan, round)
+    def __init__(
+        self, plan: Plan, round: int = 0, sums: Sums | None = None, bound: frozenset[str] = frozenset()
+    ) -> None:
+        super().__init__(plan, round, sums, bound)
         self.members: dict[bytes, Member] = {}
         self.waiting: dict[bytes, list[Ticket]] = {}
         self.cohorts: dict[int, Cohort] = {}

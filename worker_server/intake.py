@@ -7,7 +7,8 @@ from torch import Tensor
 
 from shared.errors import Refused, TensorError
 from shared.job import Job
-from shared.payload.messages import Backward, Forward, Generate, Join, Update
+from shared.masked_updates import most_tokens
+from shared.payload.messages import Backward, Forward, Generate, Join, Mask, Update
 from shared.payload.tensors import TensorInfo, decode
 from shared.wire.envelope import Frame
 from worker_server.kept import Rows
@@ -25,7 +26,7 @@ class Intake:
     update_shapes: Mapping[str, tuple[int, ...]]
 
     def join(self, session: Session, message: Join) -> Ticket:
-        return Ticket(session.id, session.client, message.request, None)
+        return Ticket(session.id, session.client, message.request, None, public=session.public)
 
     def forward(self, session: Session, message: Forward, frames: Sequence[Frame]) -> Ticket:
         """Raises TensorError or Refused."""
@@ -74,11 +75,7 @@ class Intake:
 
     def update(self, session: Session, message: Update, frames: Sequence[Frame]) -> Ticket:
         """Raises TensorError unless exactly the expected tensors came, in float32; Refused for too large a weight."""
-        if message.weight > self.most_tokens_of_a_round and self.job.rounds.weighting == "tokens":
-            raise Refused(
-                f"a weight of {message.weight}; a round has {self.most_tokens_of_a_round} target tokens at most",
-                reason="weight",
-            )
+        self._check_weight(message.weight)
         names = [info.name for info in message.tensors]
         if len(set(names)) != len(names) or set(names) != set(self.update_shapes):
             odd = sorted(set(names) ^ set(self.update_shapes))
@@ -87,14 +84,19 @@ class Intake:
             info.name: decode(info, frame, shape=self.update_shapes[info.name], dtype="float32")
             for info, frame in zip(message.tensors, frames, strict=True)
         }
-        return Ticket(session.id, session.client, message.request, values, weight=message.weight)
+        return Ticket(session.id, session.client, message.request, values, weight=message.weight, public=session.public)
 
-    @property
-    def most_tokens_of_a_round(self) -> int:
-        """What one client can have trained on."""
-        training = self.job.training
-        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * self.job.rounds.local_steps
-        return rows * self.max_length
+    def mask(self, session: Session, message: Mask) -> Ticket:
+        """Raises Refused for a weight that cannot be, or none where the client has an adapter of its own here."""
+        self._check_weight(message.weight)
+        if message.weight == 0 and self.job.cohort.adapters == "per_client":
+            raise Refused("the client's own adapter in the trunk has no weight", reason="weight")
+        return Ticket(session.id, session.client, message.request, None, public=session.public)
+
+    def _check_weight(self, weight: int) -> None:
+        most = most_tokens(self.job)
+        if weight > most and self.job.rounds.weighting == "tokens":
+            raise Refused(f"a weight of {weight}; a round has {most} target tokens at most", reason="weight")
 
 
 def _only(tensors: Sequence[TensorInfo]) -> TensorInfo:

@@ -10,6 +10,7 @@ approximate about it. Cohorts run in the order of their micro-batches, forwards 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from worker_server.masking import Sums
 from worker_server.rounds import Plan, Rounds
 from worker_server.work import Instruction, RunBackward, RunForward, Ticket, in_order, refuse
 
@@ -30,8 +31,10 @@ class Cohort:
 
 
 class Lockstep(Rounds):
-    def __init__(self, plan: Plan, round: int = 0) -> None:
-        super().__init__(plan, round)
+    def __init__(
+        self, plan: Plan, round: int = 0, sums: Sums | None = None, bound: frozenset[str] = frozenset()
+    ) -> None:
+        super().__init__(plan, round, sums, bound)
         self.step = 0
         self.cohorts: list[Cohort] = []
         self.numbered = 0

@@ -3,7 +3,7 @@ the aggregator's state."""
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from worker_server.no_trunk import NoTrunk
 from worker_server.trunk import Trunk
 
 KEPT_CHECKPOINTS = 2
+BOUND = "bound.json"
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,27 @@ class Progress:
         self.aggregator = aggregator or {}
         self.round += 1
         self.save()
+
+    def bind(self, round: int, clients: Sequence[str]) -> None:
+        """Keep, flushed to disk, whose masked sum `round` is. Raises CheckpointError if the disk refuses.
+
+        Apart from the checkpoints: the compute thread has no part in it.
+        """
+        state_files.write_json(
+            self.folder / BOUND, {"job": self.job.digest().hex(), "round": round, "clients": clients}
+        )
+
+    def bound(self) -> frozenset[str]:
+        """Whose masked sum the round to come is, if members were asked to unmask it before. Raises CheckpointError."""
+        path = self.folder / BOUND
+        if not path.exists():
+            return frozenset()
+        kept = state_files.read_json(path)
+        try:
+            due = kept["job"] == self.job.digest().hex() and kept["round"] == self.round
+            return frozenset(str(name) for name in kept["clients"]) if due else frozenset()
+        except (KeyError, TypeError):
+            raise CheckpointError(f"{path}: not what this server wrote") from None
 
     def save(self) -> None:
         """Write `checkpoint-<round>`. Raises CheckpointError if the disk refuses."""

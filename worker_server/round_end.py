@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from shared.job import Job
 from shared.logs import event
@@ -12,6 +13,7 @@ from worker_server.aggregators import METHODS
 from worker_server.aggregators.bounding import bounded
 from worker_server.aggregators.fedex_lora import mean_products, residuals
 from worker_server.aggregators.method import Change, Tensors, Update
+from worker_server.masking import Summed
 from worker_server.replicas import Replicas
 
 logger = logging.getLogger(__name__)
@@ -27,9 +29,16 @@ class Aggregated:
 
 
 def aggregate(
-    job: Job, start: Tensors, updates: Sequence[Update], state: Tensors, replicas: Replicas | None = None
+    job: Job,
+    start: Tensors,
+    updates: Sequence[Update],
+    state: Tensors,
+    replicas: Replicas | None = None,
+    summed: Summed | None = None,
 ) -> Aggregated:
     """The job's method, with the updates of all `replicas`.
+
+    `summed`: the mean change of what clients hold, where updates are masked; `updates` are then of the other names.
 
     Where no update came, where too few came for the method to judge them, or where its result overflows, all go on
     from `start`, and the state stays what it was.
@@ -40,12 +49,13 @@ def aggregate(
     if scaled:
         event(logger, "updates_bounded", level=logging.WARNING, clients=",".join(scaled))
     unchanged = Aggregated(start, state, len(scaled))
-    delta = method.combine(job, start, within) if within else None
-    count = len(within)
+    delta = _change(job, start, within, summed)
+    count = len(within) if summed is None else len(summed.contributors)
+    weight = sum(update.weight for update in within) if summed is None else summed.weight
     if replicas is not None:
         count = replicas.total(count)
         empty = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in start.items()}
-        delta = replicas.mean(delta or empty, sum(update.weight for update in within))
+        delta = replicas.mean(delta or empty, weight)
     if delta is None or count == 0:
         event(logger, "round_without_change", level=logging.WARNING, updates=count)
         return unchanged
@@ -53,9 +63,18 @@ def aggregate(
     if job.aggregation.lora == "exact":
         products = mean_products(start, within)
         if replicas is not None:
-            products = replicas.mean(products, sum(update.weight for update in within))
+            products = replicas.mean(products, weight)
         after |= residuals(products, values, state)
     if not all(bool(value.isfinite().all()) for value in (*values.values(), *after.values())):
         event(logger, "aggregate_overflowed", level=logging.WARNING, updates=count)
         return unchanged
     return Aggregated(values, after, len(scaled))
+
+
+def _change(job: Job, start: Tensors, updates: Sequence[Update], summed: Summed | None) -> dict[str, Tensor] | None:
+    combine = METHODS[job.aggregation.type].combine
+    if summed is None:
+        return combine(job, start, updates) if updates else None
+    seen = {name: value for name, value in start.items() if name not in summed.delta}
+    own = combine(job, seen, updates) if updates else {}
+    return None if own is None else {**summed.delta, **own}

@@ -8,6 +8,13 @@ than the quorum is undone (`Restore`), the others are sent back to its beginning
 A member whose update is refused has done its part: the round ends without that update, the member stays. Undoing the
 round would bring the same update again.
 
+Where updates are masked, a member's update is four messages in place of one (worker_server/masking.py). Each phase of
+the sum is collected as updates are, with the same deadline: `updates` holds the phase's messages. Once members were
+asked to help unmask (`Bind`), who is in the sum is settled: the round may only be done again among the same (two sums
+of the same updates among different members differ by an update). So then a round that needs all of them waits until
+they are back; a round that does not, ends without the sum if too few are left to unmask it. Who dealt wrong shares is
+barred.
+
 How the steps of a round are trained is for the two kinds of it: in lockstep (worker_server/lockstep.py) or greedily
 (worker_server/greedy.py).
 
@@ -16,17 +23,24 @@ not fit the state yields a `Refuse` and changes nothing.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from shared.errors import AggregationError, PeerError, ShareError
+from shared.payload.messages import Mask
+from shared.wire.envelope import Frame
+from worker_server.masking import RoundSum, Sums
 from worker_server.work import (
     Aggregate,
+    Bind,
     Dismiss,
     Finish,
     Instruction,
+    Relay,
     Restore,
     StartRound,
+    SumFailed,
     Ticket,
     in_order,
     refuse,
@@ -62,10 +76,19 @@ class Plan:
 
 
 class Rounds(ABC):
-    """`plan.clients` start the job; at `round` a resumed one continues."""
+    """`plan.clients` start the job; at `round` a resumed one continues.
 
-    def __init__(self, plan: Plan, round: int = 0) -> None:
+    `sums`: where updates are masked. `bound`: whose sum `round` is, if members were asked to unmask it before.
+    """
+
+    def __init__(
+        self, plan: Plan, round: int = 0, sums: Sums | None = None, bound: frozenset[str] = frozenset()
+    ) -> None:
         self.plan = plan
+        self.sums = sums
+        self.sum: RoundSum | None = None
+        self.bound = bound
+        self.barred: set[str] = set()
         self.round = round
         self.stage: Stage = "finished" if round >= plan.rounds else "waiting"
         self.started = False
@@ -126,6 +149,8 @@ class Rounds(ABC):
             return [refuse(ticket, "name_in_use", f"a client named {ticket.client} is here already")]
         if self.stage == "finished":
             return [Finish((ticket,))]
+        if ticket.client in self.barred:
+            return [refuse(ticket, "share", "shares of this client's masks did not fit: the server takes it no more")]
         if self.plan.places is not None and len(self.active) + len(self.lobby) >= self.plan.places:
             return [refuse(ticket, "no_place", f"all {self.plan.places} places (cohort.clients) are taken")]
         self.lobby[ticket.session] = ticket
@@ -135,12 +160,24 @@ class Rounds(ABC):
         member = self.stage == "training" and ticket.session in self.active and round == self.round
         if not member or not self._has_trained(ticket.session):
             return [refuse(ticket, "wrong_step", f"round {self.round} is at stage {self.stage}")]
+        if self.sum is not None:
+            return [refuse(ticket, "masked", "the updates of this job are masked (aggregation.secure)")]
         if ticket.session in self.updates:
             return [refuse(ticket, "repeated", "this round's update came already")]
-        self.updates[ticket.session] = ticket
-        if self.updating_since is None:
-            self.updating_since = now
-        return self._end_round()
+        return self._collected(ticket, now)
+
+    def mask(self, ticket: Ticket, message: Mask, frames: Sequence[Frame], now: float) -> list[Instruction]:
+        """A member's next step in the round's masked sum. One that breaks its rules is refused, and changes nothing."""
+        member = self.stage == "training" and ticket.session in self.active and message.round == self.round
+        if self.sum is None or not member or not self._has_trained(ticket.session):
+            return [refuse(ticket, "wrong_step", f"round {self.round} is at stage {self.stage}")]
+        if ticket.session in self.updates:
+            return [refuse(ticket, "repeated", "this phase's message came already")]
+        try:
+            self.sum.take(ticket.client, message, frames)
+        except PeerError as error:
+            return [refuse(ticket, error.code, error.message)]
+        return self._collected(ticket, now)
 
     def left(self, session: bytes, now: float) -> list[Instruction]:
         """The session has ended."""
@@ -157,6 +194,8 @@ class Rounds(ABC):
         """How many clients a round still waits for before it can begin."""
         if self.stage != "waiting":
             return 0
+        if self.bound:
+            return len(self.bound - {ticket.client for ticket in self.lobby.values()})
         return max(0, (self.plan.needed if self.started else self.plan.clients) - len(self.lobby))
 
     def all_have_their_clients(self) -> list[Instruction]:
@@ -183,19 +222,33 @@ class Rounds(ABC):
         self._backward_done(cohort)
         return self._go_on(now)
 
-    def aggregation_done(self) -> list[Instruction]:
+    def aggregation_done(self, failure: AggregationError | None = None) -> list[Instruction]:
+        """`failure`: why there was no sum, if it could not be unmasked: nobody's update counted."""
+        self.last_members = frozenset(ticket.client for ticket in self.updates.values())
+        if failure is None:
+            return self._next_round([])
+        named = self._bar(failure)
+        reason = "the masked sum could not be had"
+        self.updates = {s: replace(t, refused=t.refused or reason) for s, t in self.updates.items()}
+        put_out: list[Instruction] = []
+        for session, ticket in list(self.updates.items()):
+            if ticket.client in self.barred:
+                put_out.append(refuse(self.updates.pop(session), "share", "this client's shares did not fit"))
+        return self._next_round([SumFailed(self.round, failure.message, named), *put_out])
+
+    def _next_round(self, said: list[Instruction]) -> list[Instruction]:
         self.round += 1
         answers = [t for s, t in self.updates.items() if s in self.active]
-        self.last_members = frozenset(ticket.client for ticket in self.updates.values())
         self.active, self.updates, self.updating_since = {}, {}, None
+        self.sum, self.bound = None, frozenset()
         if self.round >= self.plan.rounds:
             self.stage = "finished"
             answers += self.lobby.values()
             self.lobby = {}
-            return [Finish(in_order(answers))]
+            return [*said, Finish(in_order(answers))]
         self.lobby.update({t.session: t for t in answers})
         self.stage = "waiting"
-        return self._begin_round()
+        return [*said, *self._begin_round()]
 
     # Time
 
@@ -221,12 +274,57 @@ class Rounds(ABC):
             return self._undo_round()
         return self._start(now) if self.stage == "training" else []
 
+    def _collected(self, ticket: Ticket, now: float) -> list[Instruction]:
+        self.updates[ticket.session] = ticket
+        if self.updating_since is None:
+            self.updating_since = now
+        return self._end_round()
+
     def _end_round(self) -> list[Instruction]:
         if self.stage != "training" or not self.active.keys() <= self.updates.keys():
             return []
+        if self.sum is not None and not self.sum.unmasking:
+            return self._next_phase(self.sum)
         self.stage = "aggregating"
         counted = (t for s, t in self.updates.items() if s in self.active and t.refused is None)
-        return [Aggregate(self.round, in_order(counted))]
+        return [Aggregate(self.round, in_order(counted), self.sum)]
+
+    def _next_phase(self, sum: RoundSum) -> list[Instruction]:
+        """Close this phase of the masked sum: those who are in the next are answered, the others wait for its end."""
+        try:
+            bodies = sum.close()
+        except AggregationError as error:
+            return [SumFailed(self.round, error.message, self._bar(error)), *self._undo()]
+        tickets = in_order(t for s, t in self.updates.items() if s in self.active)
+        answers = tuple((t, bodies[t.client]) for t in tickets if t.client in bodies and t.refused is None)
+        answered = {ticket.session for ticket, _ in answers}
+        self.updates = {
+            ticket.session: replace(ticket, refused=ticket.refused or "left out of the masked sum: too few neighbours")
+            for ticket in tickets
+            if ticket.session not in answered
+        }
+        self.updating_since = None
+        settled: list[Instruction] = []
+        if sum.unmasking:
+            self.bound = frozenset(sum.summed)
+            settled.append(Bind(self.round, sum.summed))
+        return [*settled, Relay(answers), *self._end_round()]
+
+    def _bar(self, error: AggregationError) -> tuple[str, ...]:
+        """Whoever is known to have dealt, or handed on, wrong shares. Who is only missing is not."""
+        there = {ticket.client for ticket in self.updates.values()}
+        named = tuple(name for name in error.clients if isinstance(error, ShareError) or name in there)
+        self.barred.update(named)
+        return named
+
+    @property
+    def _needed(self) -> int:
+        """How many members the round goes on with."""
+        if self.sum is None:
+            return self.plan.needed
+        if self.sum.unmasking and self.plan.needed < len(self.sum.summed):
+            return 0  # it ends in any case: with the sum, or without
+        return max(self.plan.needed, self.sum.needed)
 
     def _drop(self, sessions: Iterable[bytes], now: float) -> list[Instruction]:
         gone = [session for session in sessions if self.active.pop(session, None) is not None]
@@ -235,11 +333,14 @@ class Rounds(ABC):
         for session in gone:
             self.updates.pop(session, None)
             self._forget(session)
-        if len(self.active) < self.plan.needed:
-            self.stage = "undoing"
-            dismissed, self.active = tuple(self.active), {}
-            return [*([Dismiss(dismissed)] if dismissed else []), *self._undo_round()]
+        if len(self.active) < self._needed:
+            return self._undo()
         return self._end_round() or self._start(now)
+
+    def _undo(self) -> list[Instruction]:
+        self.stage = "undoing"
+        dismissed, self.active = tuple(self.active), {}
+        return [*([Dismiss(dismissed)] if dismissed else []), *self._undo_round()]
 
     @abstractmethod
     def _ran(self) -> bool:
@@ -251,7 +352,7 @@ class Rounds(ABC):
             return []
         # Nothing ran yet, nothing to undo.
         undo: list[Instruction] = [Restore(self.round)] if self._ran() else []
-        self.updates, self.updating_since = {}, None
+        self.updates, self.updating_since, self.sum = {}, None, None
         self.stage = "waiting"
         return [*undo, *self._begin_round()]
 
@@ -259,9 +360,12 @@ class Rounds(ABC):
         if not self.lobby or self.held or self.missing:
             return []
         self.started = True
-        answers = in_order(self.lobby.values())
+        answers = in_order(t for t in self.lobby.values() if not self.bound or t.client in self.bound)
         self.active = {ticket.session: ticket.client for ticket in answers}
-        self.lobby = {}
+        self.lobby = {session: ticket for session, ticket in self.lobby.items() if session not in self.active}
         self.stage = "training"
         self._reset()
-        return [StartRound(self.round, answers)]
+        if self.sums is None:
+            return [StartRound(self.round, answers)]
+        self.sum = self.sums.begin(self.round, {ticket.client: ticket.public for ticket in answers})
+        return [StartRound(self.round, answers, self.sum.announcement)]

@@ -1,5 +1,6 @@
 """Putting a server together from its settings, a job, an identity and a list of admitted clients."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -11,6 +12,9 @@ import zmq
 from shared.errors import JobError
 from shared.identity import Identity, key_digest
 from shared.job import Job
+from shared.job.secure import least_quorum, why_off
+from shared.logs import event
+from shared.masked_updates import Shapes, check_length
 from shared.model.carve import TRUNK_DTYPES, load_part
 from shared.model.checkpoint import Checkpoint, checkpoint_of
 from shared.model.families import context_length
@@ -19,6 +23,7 @@ from shared.model.plan import SplitPlan
 from shared.model.trainable import initial_values, make_trainable, update_shapes
 from shared.monitoring import Health, new_registry
 from shared.payload.messages import Welcome
+from shared.secure_aggregation.terms import MAX_CLIENTS, MIN_CLIENTS
 from shared.wire.connection import hello
 from shared.wire.waker import Waker
 from worker_server.brokers import Brokers
@@ -28,6 +33,7 @@ from worker_server.greedy import Greedy
 from worker_server.inference import Inference
 from worker_server.intake import Intake
 from worker_server.lockstep import Lockstep
+from worker_server.masking import Sums
 from worker_server.metrics import ServerMetrics
 from worker_server.no_trunk import NoTrunk
 from worker_server.plain_fedavg import PlainFedavg
@@ -39,6 +45,8 @@ from worker_server.sessions import Sessions
 from worker_server.settings import ServerSettings
 from worker_server.streams import StreamBook, StreamLimits
 from worker_server.trunk import Trunk
+
+logger = logging.getLogger(__name__)
 
 
 def leave_arithmetic_to_the_compute_thread(threads: int | None) -> int:
@@ -108,6 +116,7 @@ class Server:
         )
         progress.begin()
         shapes = update_shapes(checkpoint.config, plan, self.job)
+        sums = self._sums(shapes)
         name = key_digest(self.identity.public)
         greeting = hello("server", name) if place is None else hello("server", name, place.replica, place.replicas)
         with (
@@ -126,7 +135,7 @@ class Server:
                     max_length=self.job.data.max_length,
                     update_shapes=shapes,
                 ),
-                make_rounds(self.job, progress.round, place),
+                make_rounds(self.job, progress.round, place, sums, progress.bound()),
                 Inference(self.job.cohort.max_batch_tokens),
                 StreamBook(
                     StreamLimits(
@@ -152,6 +161,16 @@ class Server:
             self.registry.register(ServerMetrics(self.service))
             if not self._stop.is_set():
                 self.service.run()
+
+    def _sums(self, shapes: Shapes) -> Sums | None:
+        """Says how updates are masked, or why they are not. Raises JobError if there are too many values for it."""
+        if self.job.secure == "off":
+            if self.job.hands_in_updates:
+                event(logger, "updates_not_masked", level=logging.WARNING, reason=why_off(self.job))
+            return None
+        check_length(shapes)
+        event(logger, "updates_masked", secure=self.job.secure)
+        return Sums(self.job, shapes)
 
     def _load_trunk(self, checkpoint: Checkpoint, plan: SplitPlan) -> Trunk:
         dtype, device = TRUNK_DTYPES[self.job.training.trunk_dtype], device_of(self.settings)
@@ -185,6 +204,13 @@ class Server:
                 "aggregation.lora=exact does not reach a shared trunk, whose factors replicas average one by one",
                 hint="run one server, or set cohort.adapters=per_client or aggregation.lora=freeze_a",
             )
+        if self.job.secure != "off" and place.replicas != self.job.cohort.replicas:
+            raise JobError(
+                f"{place.replicas} replicas, and the job says cohort.replicas={self.job.cohort.replicas}: with "
+                f"aggregation.secure={self.job.secure} clients must know among how few of them each sum may be",
+                hint=f"set cohort.replicas={place.replicas} (every replica needs {MIN_CLIENTS} clients), or "
+                "aggregation.secure=off: the servers then see every client's update",
+            )
         replicas = Replicas(place, device_of(self.settings), self.settings.replica_timeout_s)
         try:
             earliest = replicas.earliest(progress.round)
@@ -195,12 +221,19 @@ class Server:
             replicas.close()
 
 
-def make_rounds(job: Job, round: int, place: Place | None = None) -> Rounds:
+def make_rounds(
+    job: Job,
+    round: int,
+    place: Place | None = None,
+    sums: Sums | None = None,
+    bound: frozenset[str] = frozenset(),
+) -> Rounds:
     """The state machine of the job's kind of training; one of several replicas begins with its share of the clients."""
     clients, quorum = job.cohort.clients, job.cohort.needed
     if place is not None:
         clients = clients // place.replicas + (place.replica < clients % place.replicas)
-        quorum = clients if quorum == job.cohort.clients else 0
+        at_least = 0 if sums is None else least_quorum(clients)
+        quorum = clients if quorum == job.cohort.clients else at_least
     plan = Plan(
         clients=clients,
         rounds=job.rounds.count,
@@ -208,12 +241,13 @@ def make_rounds(job: Job, round: int, place: Place | None = None) -> Rounds:
         deadline_s=job.cohort.deadline_s,
         quorum=quorum,
         replicated=place is not None,
-        places=job.cohort.clients if job.cohort.adapters == "per_client" else None,
+        places=job.cohort.clients if job.cohort.adapters == "per_client" else None if sums is None else MAX_CLIENTS,
         micro_batches=job.training.gradient_accumulation_steps,
         in_flight=job.cohort.in_flight,
         patience_s=job.cohort.patience_s,
         max_batch_tokens=job.cohort.max_batch_tokens,
     )
     if job.split.trunk == "client":
-        return PlainFedavg(plan, round)
-    return Lockstep(plan, round) if job.cohort.mode == "lockstep" else Greedy(plan, round)
+        return PlainFedavg(plan, round, sums, bound)
+    kind = Lockstep if job.cohort.mode == "lockstep" else Greedy
+    return kind(plan, round, sums, bound)

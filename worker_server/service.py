@@ -23,10 +23,13 @@ from shared.payload.messages import (
     Hidden,
     Join,
     Leave,
+    Mask,
+    Masking,
     Message,
     Refusal,
     Release,
     RoundStart,
+    SumOf,
     Update,
     Welcome,
 )
@@ -47,10 +50,12 @@ from worker_server.settings import ServerSettings
 from worker_server.streams import StreamBook
 from worker_server.work import (
     Aggregate,
+    Bind,
     Dismiss,
     Finish,
     Instruction,
     Refuse,
+    Relay,
     ReleaseStreams,
     Restore,
     RunBackward,
@@ -58,6 +63,7 @@ from worker_server.work import (
     RunForward,
     RunGeneration,
     StartRound,
+    SumFailed,
     Ticket,
 )
 
@@ -257,6 +263,8 @@ class Service:
                 return self.rounds.backward(self.intake.backward(session, message, frames), now)
             case Update():
                 return self.rounds.update(self._update(session, message, frames), message.round, now)
+            case Mask():
+                return self.rounds.mask(self.intake.mask(session, message), message, frames, now)
             case Leave():
                 self._left(session.id, "left", now)
                 return []
@@ -308,9 +316,20 @@ class Service:
     def _carry_out(self, instructions: Sequence[Instruction]) -> None:
         for instruction in instructions:
             match instruction:
-                case StartRound(round_, answers):
+                case StartRound(round_, answers, sum_):
                     event(logger, "round_started", round=round_, clients=len(answers))
-                    self._send_averages(answers, round_)
+                    self._send_averages(answers, round_, sum_)
+                case Relay(answered):
+                    for ticket, body in answered:
+                        session = self.sessions.get(ticket.session)
+                        if session is not None:
+                            self._send(session, Masking(request=ticket.request, body=body))
+                case Bind(round_, clients):
+                    self.engine.progress.bind(round_, clients)
+                case SumFailed(round_, reason, barred):
+                    self.counters["sums_failed"] += 1
+                    names = ",".join(barred)
+                    event(logger, "sum_failed", level=logging.WARNING, round=round_, reason=reason, barred=names)
                 case Finish(answers):
                     if self.finished_at is None:
                         self.owed = set(self.rounds.last_members)
@@ -341,6 +360,7 @@ class Service:
                 self._answer(session, outcome, ticket, tensor)
         self.metrics.computed(waits, outcome.ended - outcome.began)
         self.counters["updates_bounded"] += outcome.bounded
+        self.counters["wrong_shares"] += outcome.liars
         if isinstance(outcome.work, RunForward | RunEvaluation | RunGeneration):
             self.metrics.forward([ticket.tokens for ticket in outcome.work.tickets])
         match outcome.work:
@@ -356,7 +376,7 @@ class Service:
             case RunEvaluation() | ReleaseStreams():
                 self._carry_out(self.inference.done())
             case Aggregate():
-                self._carry_out(self.rounds.aggregation_done())
+                self._carry_out(self.rounds.aggregation_done(outcome.failure))
             case Restore():
                 pass
 
@@ -371,7 +391,7 @@ class Service:
             answer = Hidden(request=ticket.request, tensors=(encoded[0][0],))
         self._send(session, answer, [frame for _, frame in encoded])
 
-    def _send_averages(self, answers: Sequence[Ticket], round_: int | None) -> None:
+    def _send_averages(self, answers: Sequence[Ticket], round_: int | None, sum_: SumOf | None = None) -> None:
         """RoundStart for `round_`, or Finished, with the latest averages, to those who wait for it."""
         told = self.engine.progress.for_clients()
         encoded = [encode(name, tensor, "float32") for name, tensor in told.items()]
@@ -385,7 +405,9 @@ class Service:
             if round_ is None:
                 answer = Finished(request=request, rounds=self.rounds.round, refused=refused, tensors=infos)
             else:
-                answer = RoundStart(request=request, round=round_, members=len(answers), refused=refused, tensors=infos)
+                answer = RoundStart(
+                    request=request, round=round_, members=len(answers), sum=sum_, refused=refused, tensors=infos
+                )
             self._send(session, answer, [frame for _, frame in encoded])
 
     def _send(self, session: Session, message: Message, tensors: Sequence[Frame] = ()) -> None:

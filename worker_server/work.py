@@ -4,6 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from shared.payload.messages import SumOf
+from worker_server.masking import Next, RoundSum
+
 
 @dataclass(frozen=True)
 class Ticket:
@@ -11,7 +14,7 @@ class Ticket:
 
     `weight` is the number of target tokens (Forward) or what the average is weighted by (Update); for Backward,
     `forward` is the request whose gradient this is; for Generate, `stream` is what its rows continue. `refused`: why an
-    Update does not count; its sender is as much a member as before.
+    Update does not count; its sender is as much a member as before. `public`: the client's public key, 32 bytes.
     """
 
     session: bytes
@@ -23,6 +26,7 @@ class Ticket:
     forward: int = 0
     stream: int = 0
     refused: str | None = None
+    public: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,14 @@ class ReleaseStreams:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """Average the updates of `round` (from 0), then keep a checkpoint of `round + 1` completed rounds."""
+    """Average the updates of `round` (from 0), then keep a checkpoint of `round + 1` completed rounds.
+
+    `sum`: where they are masked, what they were added to.
+    """
 
     round: int
     updates: tuple[Ticket, ...]
+    sum: RoundSum | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -91,10 +99,35 @@ class Restore:
 
 @dataclass(frozen=True)
 class StartRound:
-    """Answer these Join or Update requests: the round begins."""
+    """Answer these Join, Update or last Mask requests: the round begins. `sum`: where its updates are masked."""
 
     round: int
     answers: tuple[Ticket, ...]
+    sum: SumOf | None = None
+
+
+@dataclass(frozen=True)
+class Relay:
+    """Answer these Mask requests: the next phase of the masked sum begins."""
+
+    answers: tuple[tuple[Ticket, Next], ...]
+
+
+@dataclass(frozen=True)
+class Bind:
+    """Keep on disk, before anything else is sent: the sum of `round` is one of these clients, and of no others."""
+
+    round: int
+    clients: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SumFailed:
+    """Say that the masked sum of `round` came to nothing, and who is kept out for it."""
+
+    round: int
+    reason: str
+    barred: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -111,7 +144,7 @@ class Refuse:
 
 
 Work = RunForward | RunBackward | RunEvaluation | RunGeneration | ReleaseStreams | Aggregate | Restore
-Instruction = Work | StartRound | Finish | Refuse | Dismiss
+Instruction = Work | StartRound | Relay | Bind | SumFailed | Finish | Refuse | Dismiss
 
 
 def in_order(tickets: Iterable[Ticket]) -> tuple[Ticket, ...]:

@@ -9,6 +9,7 @@ from shared.job.aggregation import Adaptive, Aggregation, AnyKrum, FedAvg, FedAv
 from shared.job.job import Job, load_job, parse_job
 from shared.job.methods import Full, Lora, Method, MethodName, Prefix, Prompt, TrainedPart, Training
 from shared.job.rounds import Cohort, Data, Rounds, Split, Wire, WireFormat
+from shared.job.secure import Secure
 
 __all__ = [
     "Adaptive",
@@ -27,6 +28,7 @@ __all__ = [
     "Prompt",
     "Rounds",
     "Scaffold",
+    "Secure",
     "Split",
     "TrainedPart",
     "Training",

@@ -16,6 +16,9 @@ class AnyAggregation(Settings):
     `lora`: factors A and B are each aggregated ("average": the mean of products is not the product of means); so, and
     what that leaves out is added to the frozen weights ("exact": FedEx-LoRA, arXiv 2410.09432); or A stays as it was
     drawn from the seed, and B alone is trained ("freeze_a": FFA-LoRA, arXiv 2403.12313).
+    `secure`: whether the server sees the sum of the clients' updates of head and tail alone (SecAgg, Bonawitz et al.,
+    CCS 2017; SecAgg+, Bell et al., CCS 2020), or each of them (off). null: SecAgg wherever that hides anything, which
+    takes rounds of three clients; `Job.secure` is what follows.
     """
 
     robust: ClassVar[bool] = False
@@ -25,6 +28,7 @@ class AnyAggregation(Settings):
     max_update_norm: Annotated[float, Field(gt=0)] | None = None
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     lora: Literal["average", "exact", "freeze_a"] = "average"
+    secure: Literal["secagg", "secagg+", "off"] | None = None
 
     @property
     def needs_single_updates(self) -> bool:

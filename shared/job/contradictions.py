@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 from shared.job.aggregation import AnyKrum, FedAvg, Scaffold, TrimmedMean
 from shared.job.methods import Lora
+from shared.job.secure import least_quorum, neighbourhood
+from shared.secure_aggregation.terms import MIN_CLIENTS
 
 if TYPE_CHECKING:
     from shared.job.job import Job
@@ -93,9 +95,9 @@ def _aggregation(job: "Job") -> Iterator[str]:
     aggregation, members = job.aggregation, job.cohort.needed
     name = f"aggregation.type={aggregation.type}"
     per_client = job.cohort.adapters == "per_client"
-    at_clients = bool(set(job.client_parts) & set(job.training.parts))
+    at_clients = job.hands_in_updates
     shared_trunk = "trunk" in job.training.parts and "trunk" not in job.client_parts and not per_client
-    if aggregation != FedAvg() and not at_clients and not per_client:
+    if aggregation.model_copy(update={"secure": None}) != FedAvg() and not at_clients and not per_client:
         yield (
             f"aggregation (type={aggregation.type}) has nothing to aggregate: add head or tail to training.parts, or "
             "set cohort.adapters=per_client"
@@ -150,4 +152,51 @@ def _scaffold(job: "Job") -> Iterator[str]:
         yield f"aggregation.type=scaffold needs {', '.join(missing)}"
 
 
-CHECKS: tuple[Callable[["Job"], Iterator[str]], ...] = (_cohort, _weights, _plain_fedavg, _prompt, _aggregation)
+def _secure(job: "Job") -> Iterator[str]:
+    aggregation, clients, needed = job.aggregation, job.cohort.clients, job.cohort.needed
+    name = f"aggregation.secure={job.secure}"
+    see_all = "set aggregation.secure=off: the server then sees every client's update"
+    if job.secure == "off":
+        return
+    if not job.hands_in_updates:
+        yield f"{name} has nothing to mask: training.parts={list(job.training.parts)} leaves out what clients hold"
+    if needed < MIN_CLIENTS:
+        yield (
+            f"{name} needs rounds of {MIN_CLIENTS} clients at least, in which a sum hides something; cohort.quorum is "
+            f"{needed}: raise it (and cohort.clients), or {see_all}"
+        )
+        return
+    if aggregation.needs_single_updates:
+        yield f"{_single(job)} looks at every client's update, which {name} hides: {see_all}"
+    if (share := clients // job.cohort.replicas) < MIN_CLIENTS:
+        yield (
+            f"{name} masks each client's update among those of its server: cohort.replicas={job.cohort.replicas} leave "
+            f"one {share} of cohort.clients={clients}, and {MIN_CLIENTS} are due: run fewer, or {see_all}"
+        )
+        return
+    neighbours, threshold = neighbourhood(job, clients)
+    if job.cohort.replicas == 1 and neighbours == clients - 1 and needed <= threshold:
+        yield (
+            f"cohort.quorum={needed} of cohort.clients={clients} is too few for {name}, where more than half of a "
+            f"client's neighbours must help to unmask: set it to {least_quorum(clients)} at least, or {see_all}"
+        )
+
+
+def _single(job: "Job") -> str:
+    """The setting that needs single updates."""
+    aggregation = job.aggregation
+    if aggregation.robust:
+        return f"aggregation.type={aggregation.type}"
+    if aggregation.max_update_norm is not None:
+        return f"aggregation.max_update_norm={aggregation.max_update_norm:g}"
+    return f"aggregation.lora={aggregation.lora}"
+
+
+CHECKS: tuple[Callable[["Job"], Iterator[str]], ...] = (
+    _cohort,
+    _weights,
+    _plain_fedavg,
+    _prompt,
+    _aggregation,
+    _secure,
+)

@@ -11,6 +11,7 @@ from shared.job.aggregation import Aggregation, FedAvg
 from shared.job.contradictions import first_contradiction
 from shared.job.methods import Lora, Method, TrainedPart, Training
 from shared.job.rounds import Cohort, Data, Rounds, Split, Wire
+from shared.job.secure import Secure, secure_of
 from shared.job.settings import Settings
 from shared.yaml_files import read_mapping, validated
 
@@ -39,6 +40,16 @@ class Job(Settings):
     def client_parts(self) -> tuple[TrainedPart, ...]:
         """The parts that clients hold, train and hand in."""
         return ("head", "trunk", "tail") if self.split.trunk == "client" else ("head", "tail")
+
+    @property
+    def hands_in_updates(self) -> bool:
+        """Whether clients train anything of what they hold."""
+        return bool(set(self.client_parts) & set(self.training.parts))
+
+    @property
+    def secure(self) -> Secure:
+        """How the updates of what clients hold are masked."""
+        return secure_of(self)
 
     @property
     def drawn_from(self) -> int | None:

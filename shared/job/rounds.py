@@ -45,6 +45,8 @@ class Cohort(Settings):
 
     `quorum`: with fewer members a round is undone, and waits for those who are missing; by default with any fewer than
     `clients`, so that a run which lost somebody for a while ends as if it had not.
+    `replicas`: over how many servers the clients are spread, where updates are masked: each is summed among those of
+    its server, so clients must know how few that may be.
     `mode`: lockstep, where every step is one of all clients, exactly; or greedy, where the trunk takes what is there,
     and a cohort's backward waits `patience_s` for the last gradient. `in_flight`: how many batches (lockstep: of one
     step) a client has under way at once, to hide the network's delay.
@@ -53,6 +55,7 @@ class Cohort(Settings):
 
     clients: Annotated[int, Field(ge=1, le=4096)] = 1
     quorum: Annotated[int, Field(ge=1, le=4096)] | None = None
+    replicas: Annotated[int, Field(ge=1, le=1024)] = 1
     adapters: Literal["shared", "per_client"] = "shared"
     mode: Literal["lockstep", "greedy"] = "lockstep"
     in_flight: Annotated[int, Field(ge=1, le=16)] = 1

@@ -15,6 +15,8 @@
     Release    the stream is over
     Update     head and tail after the round
                                              RoundStart (next round), or Finished
+    Mask       in place of Update where updates are masked: four times, each a step of the secure sum
+                                             Masking (the next step), at last RoundStart or Finished
     Leave
                                              Refusal    in place of any answer
 
@@ -31,6 +33,17 @@ from shared.errors import SchemaError
 from shared.payload.schema import Count, Hex
 from shared.payload.schema import Message as Message
 from shared.payload.tensors import TensorInfo
+from shared.secure_aggregation.messages import (
+    AdvertiseKeys,
+    ClientNumber,
+    KeyList,
+    MaskedInput,
+    RelayedShares,
+    ShareKeys,
+    Unmask,
+    UnmaskRequest,
+)
+from shared.secure_aggregation.terms import MAX_CLIENTS, MAX_WEIGHT, MIN_CLIENTS, Member
 from shared.wire.envelope import MAX_BODY_FRAMES, Frame
 
 MAX_MESSAGE_BYTES = 4 * 2**20
@@ -74,17 +87,25 @@ class Join(Message):
     rows: Count
 
 
-class RoundStart(WithTensors):
-    """Answers Join or Update: round `round` (from 0) begins. Tensors: head and tail averages, if any; control variates;
-    residuals.
+class SumOf(Message):
+    """Whose updates the round's masked sum is of, by name, and 32 random bytes that no other try at it has."""
 
-    `refused`: why the Update that this answers did not count, if so.
+    members: Annotated[tuple[Member, ...], Field(min_length=MIN_CLIENTS, max_length=MAX_CLIENTS)]
+    nonce: Hex
+
+
+class RoundStart(WithTensors):
+    """Answers Join, Update or the last Mask: round `round` (from 0) begins. Tensors: head and tail averages, if any;
+    control variates; residuals.
+
+    `sum`: where updates are masked. `refused`: why the update that this answers did not count, if so.
     """
 
     type: Literal["round_start"] = "round_start"
     request: RequestId
     round: Count
     members: Count
+    sum: SumOf | None = None
     refused: Reason | None = None
 
 
@@ -158,8 +179,37 @@ class Update(WithTensors):
     weight: Annotated[int, Field(ge=1, lt=2**53)]
 
 
+class Objection(Message):
+    """In place of MaskedInput: what client `client` sealed for this one does not open, or is not what it promised."""
+
+    type: Literal["objection"] = "objection"
+    client: ClientNumber
+
+
+class Mask(Message):
+    """A client's next step in the masked sum of `round`; with MaskedInput, its frame of words follows.
+
+    `weight`: what the client's own adapter in the trunk is weighted by, where it has one (0: it has none). It is no
+    news to the server, which is told with every Forward how many tokens count.
+    """
+
+    type: Literal["mask"] = "mask"
+    request: RequestId
+    round: Count
+    weight: Annotated[int, Field(ge=0, le=MAX_WEIGHT)] = 0
+    body: Annotated[AdvertiseKeys | ShareKeys | MaskedInput | Objection | Unmask, Field(discriminator="type")]
+
+
+class Masking(Message):
+    """The server's answer to a Mask, when everybody's is there, or will not come."""
+
+    type: Literal["masking"] = "masking"
+    request: RequestId
+    body: Annotated[KeyList | RelayedShares | UnmaskRequest, Field(discriminator="type")]
+
+
 class Finished(WithTensors):
-    """Answers Join or Update: the job is done. Tensors: the last averages. `refused` as in RoundStart."""
+    """Answers Join, Update or the last Mask: the job is done. Tensors: the last averages. `refused`: as above."""
 
     type: Literal["finished"] = "finished"
     request: RequestId
@@ -180,11 +230,18 @@ class Refusal(Message):
     message: Reason
 
 
-FromClient = Confirm | Join | Forward | Backward | Generate | Release | Update | Leave
-FromServer = Welcome | RoundStart | Hidden | Gradient | Finished | Refusal
+FromClient = Confirm | Join | Forward | Backward | Generate | Release | Update | Mask | Leave
+FromServer = Welcome | RoundStart | Hidden | Gradient | Masking | Finished | Refusal
 
 CLIENT_MESSAGES: TypeAdapter[FromClient] = TypeAdapter(Annotated[FromClient, Field(discriminator="type")])
 SERVER_MESSAGES: TypeAdapter[FromServer] = TypeAdapter(Annotated[FromServer, Field(discriminator="type")])
+
+
+def frames_of(message: Message) -> int:
+    """How many frames follow the message."""
+    if isinstance(message, WithTensors):
+        return len(message.tensors)
+    return int(isinstance(message, Mask) and isinstance(message.body, MaskedInput))
 
 
 def pack(message: Message, tensors: Sequence[Frame] = ()) -> list[Frame]:
@@ -212,7 +269,7 @@ def _unpack(schema: TypeAdapter[Any], frames: Sequence[Frame]) -> tuple[Any, Seq
     except (ValueError, ValidationError, msgpack.UnpackException) as error:
         raise SchemaError(f"a message that breaks its schema ({type(error).__name__})") from None
     tensors = frames[1:]
-    announced = len(getattr(message, "tensors", ()))
+    announced = frames_of(message)
     if announced != len(tensors):
-        raise SchemaError(f"{announced} tensors announced, {len(tensors)} frames came")
+        raise SchemaError(f"{announced} frames announced, {len(tensors)} came")
     return message, tensors

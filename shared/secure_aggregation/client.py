@@ -146,6 +146,13 @@ class Client:
         self._held, self._phase = held, Phase.MASKED
         return MaskedInput(words=len(words)), words
 
+    def in_sum(self, message: UnmaskRequest) -> tuple[int, ...]:
+        """Who is in the sum, ascending, as far as this client can know: all that advertised keys, less the neighbours
+        that the request does not name as summed. With SecAgg everybody is a neighbour.
+        """
+        absent = set(self._view.neighbours) - set(message.summed)
+        return tuple(sorted(self._view.keys.keys() - absent))
+
     def unmask(self, message: UnmaskRequest) -> Unmask:
         """One share of each neighbour, of the kind the server needs. Answers once.
 

@@ -1,0 +1,84 @@
+"""A round's updates as one masked sum: its terms, and what is summed. The same at clients and server.
+
+What is summed is the difference to the values that the round began with, float32, all tensors end to end in the order
+of their names: differences are small, and so is what rounding them costs.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from shared.errors import JobError, SchemaError
+from shared.job import Job
+from shared.job.secure import neighbourhood
+from shared.secure_aggregation.fixed_point import Floats
+from shared.secure_aggregation.terms import MAX_LENGTH, MAX_WEIGHT, Member, Terms
+
+CLIP = 1024.0
+"""Larger differences are clipped to it, and counted. No parameter goes so far in a round that is of any use."""
+LARGEST_ERROR = 1e-7
+"""Of a value of the mean, where 64-bit words give that much; they do for a million target tokens of 512 clients."""
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def length_of(shapes: Shapes) -> int:
+    return sum(prod(shape) for shape in shapes.values())
+
+
+def check_length(shapes: Shapes) -> None:
+    """Raises JobError if a sum cannot be so long."""
+    if (length := length_of(shapes)) > MAX_LENGTH:
+        raise JobError(
+            f"{length} trained values in head and tail; a masked update has {MAX_LENGTH} at most",
+            hint="train fewer (method.type=lora), or set aggregation.secure=off: the server sees every client's update",
+        )
+
+
+def most_tokens(job: Job) -> int:
+    """How many target tokens one client can have trained on in a round."""
+    training = job.training
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * job.rounds.local_steps
+    return rows * job.data.max_length
+
+
+def terms_of(job: Job, shapes: Shapes, members: Sequence[Member], round: int, nonce: str) -> Terms:
+    """Of the sum of `round`, tried under `nonce` (32 bytes in hexadecimal). Raises SchemaError for members that no sum
+    can have: too few, twice the same, or not in the order of their names.
+    """
+    label = hashlib.sha256(b"flglm round\0" + job.digest() + round.to_bytes(8) + bytes.fromhex(nonce)).hexdigest()
+    weight = min(MAX_WEIGHT, most_tokens(job)) if job.rounds.weighting == "tokens" else MAX_WEIGHT
+    neighbours, threshold = neighbourhood(job, max(2, len(members)))
+    try:
+        return Terms(
+            label=label,
+            members=tuple(members),
+            length=length_of(shapes),
+            clip=CLIP,
+            max_weight=weight,
+            # What 64-bit words always give, if every weight were the smallest.
+            largest_error=max(LARGEST_ERROR, len(members) * weight * CLIP * 2.0**-62),
+            neighbours=neighbours,
+            threshold=threshold,
+        )
+    except ValidationError as error:
+        raise SchemaError(f"no masked sum among these {len(members)} members ({error.errors()[0]['msg']})") from None
+
+
+def flat_difference(start: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Floats:
+    """`values` less `start`, float32 (length,)."""
+    pieces = [(values[name].detach().float() - start[name].float()).flatten().cpu() for name in sorted(start)]
+    vector: Floats = torch.cat(pieces).numpy()
+    return vector
+
+
+def tensors_of(vector: Floats, shapes: Shapes) -> dict[str, Tensor]:
+    """A vector (length,) as tensors by name, float64."""
+    names = sorted(shapes)
+    pieces = torch.split(torch.from_numpy(vector.astype(np.float64)), [prod(shapes[name]) for name in names])
+    return {name: piece.view(*shapes[name]) for name, piece in zip(names, pieces, strict=True)}

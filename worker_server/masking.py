@@ -1,0 +1,154 @@
+"""One try at a round's masked sum (shared/secure_aggregation): what comes, phase by phase, what goes back. No I/O.
+
+    AdvertiseKeys* → KeyList → ShareKeys* → RelayedShares → MaskedInput* → UnmaskRequest → Unmask* → finish
+
+worker_server/rounds.py says when a phase is closed: all members that are left have sent theirs. What it costs: a
+vector that comes is added to the sum at once, on the socket thread, where opening its record took as long, so that no
+vectors wait in memory. Removing the masks takes a key stream a client and belongs to the compute thread (`finish`).
+
+Who objects to another's shares says that one of the two lies, or the server. The sum goes on without who objects, if
+that leaves enough; else `ShareError` names those who are party to most objections, and the round begins without them.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shared.errors import PhaseError, SchemaError, ShareError, TooFewLeft
+from shared.job import Job
+from shared.masked_updates import Shapes, tensors_of, terms_of
+from shared.payload.messages import Mask, Message, Objection, SumOf
+from shared.secure_aggregation.messages import (
+    AdvertiseKeys,
+    KeyList,
+    MaskedInput,
+    RelayedShares,
+    ShareKeys,
+    Unmask,
+    UnmaskRequest,
+)
+from shared.secure_aggregation.server import Server
+from shared.secure_aggregation.terms import Member, Terms
+from shared.wire.envelope import Frame
+
+NONCE_BYTES = 32
+PHASES: tuple[tuple[type[Message], ...], ...] = ((AdvertiseKeys,), (ShareKeys,), (MaskedInput, Objection), (Unmask,))
+UNMASKING = 3
+
+Next = KeyList | RelayedShares | UnmaskRequest
+
+
+@dataclass(frozen=True)
+class Summed:
+    """The weighted mean of what `contributors` changed, by name, float64; their total weight.
+
+    `weights`: what each said that its own adapter is weighted by. `liars`: who gave shares that it was not dealt.
+    """
+
+    delta: Mapping[str, Tensor]
+    weight: int
+    contributors: tuple[str, ...]
+    weights: Mapping[str, int]
+    liars: tuple[str, ...] = ()
+
+
+class RoundSum:
+    def __init__(self, terms: Terms, nonce: str, shapes: Shapes) -> None:
+        self.terms = terms
+        self.shapes = shapes
+        self.announcement = SumOf(members=terms.members, nonce=nonce)
+        self.phase = 0
+        self.summed: tuple[str, ...] = ()
+        self._server = Server(terms)
+        self._numbers = {member.name: number for number, member in enumerate(terms.members)}
+        self._objections: dict[str, str] = {}
+        self._weights: dict[str, int] = {}
+
+    @property
+    def needed(self) -> int:
+        """With fewer members there is no sum."""
+        return self.terms.threshold + 1
+
+    @property
+    def unmasking(self) -> bool:
+        """Whether members were asked to help unmask: whoever has their answers sees the sum."""
+        return self.phase >= UNMASKING
+
+    def take(self, client: str, message: Mask, frames: Iterable[Frame]) -> None:
+        """Raises PeerError; nothing changes then."""
+        body, number = message.body, self._numbers[client]
+        if self.phase >= len(PHASES) or type(body) not in PHASES[self.phase]:
+            raise PhaseError(f"{body.type}: out of turn")
+        match body:
+            case AdvertiseKeys():
+                self._server.advertise_keys(number, body)
+                self._weights[client] = message.weight
+            case ShareKeys():
+                self._server.share_keys(number, body)
+            case MaskedInput():
+                self._server.masked_input(number, body, next(iter(frames)))
+            case Objection():
+                self._object(client, body)
+            case Unmask():
+                self._server.unmask(number, body)
+
+    def close(self) -> dict[str, Next]:
+        """The phase is over: what goes to whom, by name. Raises AggregationError; the phase is still open then.
+
+        After the last there is nothing to send: `finish` is next.
+        """
+        answers: Mapping[int, Next]
+        match self.phase:
+            case 0:
+                key_list = self._server.close_advertising()
+                answers = {entry.client: key_list for entry in key_list.keys}
+            case 1:
+                answers = self._server.close_sharing()
+            case 2:
+                answers = self._close_inputs()
+                self.summed = tuple(self.terms.name(number) for number in answers)
+            case _:
+                answers = {}
+        self.phase += 1
+        return {self.terms.name(number): body for number, body in answers.items()}
+
+    def finish(self) -> Summed:
+        """Removes the masks. Raises AggregationError, and it is over."""
+        made = self._server.finish()
+        mean, weight = made.mean(self.terms)
+        contributors = tuple(self.terms.name(number) for number in made.contributors)
+        return Summed(tensors_of(mean, self.shapes), weight, contributors, self._weights, made.liars)
+
+    def _object(self, client: str, objection: Objection) -> None:
+        if objection.client >= len(self.terms.members) or self.terms.name(objection.client) == client:
+            raise SchemaError("an objection is to another member's shares")
+        self._objections[client] = self.terms.name(objection.client)
+
+    def _close_inputs(self) -> Mapping[int, UnmaskRequest]:
+        try:
+            return self._server.close_inputs()
+        except TooFewLeft as error:
+            if not self._objections:
+                raise
+            parties = Counter([*self._objections, *self._objections.values()])
+            most = max(parties.values())
+            named = tuple(sorted(name for name, count in parties.items() if count == most))
+            raise ShareError(f"{', '.join(named)}: shares that do not open; {error.message}", clients=named) from None
+
+
+class Sums:
+    """Begins the sums of a job's rounds. `shapes`: of what each client hands in, by name."""
+
+    def __init__(self, job: Job, shapes: Shapes, random: Callable[[int], bytes] = os.urandom) -> None:
+        self.job = job
+        self.shapes = shapes
+        self.random = random
+
+    def begin(self, round: int, members: Mapping[str, bytes]) -> RoundSum:
+        """Among these clients, by name with their public keys (32 bytes)."""
+        roster = [Member(name=name, public_key=public.hex()) for name, public in sorted(members.items())]
+        nonce = self.random(NONCE_BYTES).hex()
+        return RoundSum(terms_of(self.job, self.shapes, roster, round, nonce), nonce, self.shapes)
