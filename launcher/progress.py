@@ -37,6 +37,19 @@ class ClientProgress:
             case "data":
                 self.progress.console.print(_data_line(event))
                 self.progress.update(self.task, total=event["total_steps"])
+            case "updates" if event["handed_in"]:
+                self.progress.console.print(_updates_line(event))
+            case "members":
+                self.progress.console.print(
+                    f"updates are summed with those of {len(event['names'])} members, roster {event['fingerprint']}"
+                    + ("" if event["roster"] else " (not checked: no roster in a policy)")
+                )
+            case "update_clipped":
+                self.progress.console.print(
+                    f"{event['values']} values of round {event['round'] + 1}'s update were clipped to {event['to']:g}"
+                )
+            case "shares_refused":
+                self.progress.console.print(f"left out of the sum of round {event['round'] + 1}: {event['reason']}")
             case "resumed":
                 self.progress.console.print(f"resumed after {event['round']} rounds")
             case "round":
@@ -54,7 +67,7 @@ class ClientProgress:
                 self.progress.console.print(f"{event['reason']}; the one before is used")
             case "update_refused":
                 self.progress.console.print(
-                    f"the server left this client's update of round {event['round'] + 1} out: {event['reason']}"
+                    f"this client's update of round {event['round'] + 1} was left out: {event['reason']}"
                 )
             case "rounds_missed":
                 self.progress.console.print(f"the others are at round {event['round']}; joining there")
@@ -64,6 +77,12 @@ def _data_line(event: dict[str, Any]) -> str:
     notes = [f"{event['rows']} rows to train on, {event['validation_rows']} held out"]
     notes += [f"{event[key]} {words}" for key, words in _LEFT_OUT.items() if event[key]]
     return "; ".join(notes)
+
+
+def _updates_line(event: dict[str, Any]) -> str:
+    if event["secure"] == "off":
+        return f"updates are not masked: {event['why_off']}"
+    return f"updates are masked ({event['secure']}): the server sees their sum alone"
 
 
 _LEFT_OUT = {

@@ -16,6 +16,7 @@ from shared.errors import ConnectionFailed, HandshakeError, ModelError, Refused
 from shared.identity import Identity
 from shared.invitations import Invitation
 from shared.job import Job, parse_job
+from shared.job.secure import why_off
 from shared.model.checkpoint import Checkpoint, Fingerprint, checkpoint_of
 from shared.model.families import context_length
 from shared.model.methods import longest_row
@@ -24,6 +25,7 @@ from worker_client.data import LoadedRows, Row, load_rows, split_validation
 from worker_client.head_tail import NO_SCORE, HeadTail, Score, load_client_parts
 from worker_client.link import Link
 from worker_client.local_trunk import trunk_of
+from worker_client.masking import Roster
 from worker_client.policy import Policy, check_job, check_server
 from worker_client.steps import Report
 from worker_client.training import Training
@@ -103,18 +105,19 @@ def run_client(
 
 @dataclass(frozen=True)
 class Site:
-    """What a client trains: the agreed job, its parts of the model, its rows."""
+    """What a client trains: the agreed job, its parts of the model, its rows; who may be in masked sums with it."""
 
     job: Job
     parts: HeadTail
     rows: tuple[Row, ...]
     validation: tuple[Row, ...]
+    roster: Roster | None = None
 
     def train(self, link: Link, out: Path, report: Report) -> Score | None:
         """Through one link, from the newest checkpoint in `out` to the end of the job."""
         timeout_s = max(self.job.cohort.deadline_s, WAIT_FOR_ROUND_S) + GRACE_S
         trunk = trunk_of(link, self.job, self.parts, timeout_s)
-        return Training(self.job, self.parts, trunk, self.rows, self.validation, out, report).run()
+        return Training(self.job, self.parts, trunk, self.rows, self.validation, out, report, self.roster).run()
 
 
 def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, report: Report) -> Site:
@@ -136,7 +139,8 @@ def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, repor
             "total_steps": job.total_steps,
         }
     )
-    return Site(job, load_client_parts(checkpoint, job), rows, validation)
+    report({"event": "updates", "handed_in": job.hands_in_updates, "secure": job.secure, "why_off": why_off(job)})
+    return Site(job, load_client_parts(checkpoint, job), rows, validation, settings.policy.names())
 
 
 def agreed_job(welcome: Welcome, invitation: Invitation) -> Job:

@@ -1,14 +1,17 @@
 """What a data owner accepts, in a file of its own. A job that asks for more is refused before any data is read."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from shared.allow_list import AllowList
 from shared.errors import Refused
 from shared.identity import key_digest
 from shared.invitations import Invitation
 from shared.job import Job, MethodName
+from shared.job.secure import why_off
 from shared.key_files import Hex32
 from shared.yaml_files import read_mapping, validated
 
@@ -19,8 +22,11 @@ Count = Annotated[int, Field(ge=1)]
 class Policy(BaseModel):
     """Nothing is limited that is not named.
 
-    `max_rows`: over the whole job, a row that is trained on again counted again. `servers`: public keys, or their
-    SHA-256, in hexadecimal. `least_noise`: a job's noise multiplier; jobs have none yet, so more than 0 refuses all.
+    `secure_updates`: only jobs whose updates of head and tail are masked, if they train any. `roster`: a folder of the
+    cards of all clients of the job (relative to the policy file): a masked sum that the server would make among
+    others is refused. `max_rows`: over the whole job, a row that is trained on again counted again. `servers`: public
+    keys, or their SHA-256, in hexadecimal. `least_noise`: a job's noise multiplier; jobs have none yet, so more than 0
+    refuses all.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,11 +40,23 @@ class Policy(BaseModel):
     least_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     share_updates: bool = True
     """False: the head's and the tail's updates stay here, so jobs may train the trunk alone."""
+    secure_updates: bool = False
+    roster: Path | None = None
+
+    def names(self) -> Callable[[], Mapping[bytes, str]] | None:
+        """The roster as it is when asked for: names by public key. Asking raises KeyFileError."""
+        return None if self.roster is None else AllowList(self.roster).names
 
 
 def load_policy(path: Path) -> Policy:
-    """Raises JobError."""
-    return validated(read_mapping(path, "policy file"), Policy, str(path))
+    """Raises JobError; KeyFileError for a roster that cannot be read."""
+    policy = validated(read_mapping(path, "policy file"), Policy, str(path))
+    if policy.roster is None:
+        return policy
+    policy = policy.model_copy(update={"roster": path.parent / policy.roster})
+    if names := policy.names():
+        names()
+    return policy
 
 
 def check_server(policy: Policy, invitation: Invitation) -> None:
@@ -64,7 +82,9 @@ def check_job(policy: Policy, job: Job) -> None:
         (policy.max_rows is not None and rows > policy.max_rows,
          f"it trains on {rows} rows (rounds.count x rounds.local_steps x batch), more than max_rows={policy.max_rows}"),
         (policy.least_noise > 0, f"it adds no noise, and least_noise={policy.least_noise:g}"),
-        (not policy.share_updates and bool(set(job.client_parts) & set(job.training.parts)),
+        (policy.secure_updates and job.hands_in_updates and job.secure == "off",
+         f"its updates are not masked, and secure_updates is true: {why_off(job)}"),
+        (not policy.share_updates and job.hands_in_updates,
          f"training.parts={list(job.training.parts)} hands out updates of {held}, and share_updates is false"),
     )  # fmt: skip
     for exceeded, reason in limits:

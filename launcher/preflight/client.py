@@ -12,6 +12,7 @@ from launcher.preflight.files import (
     check_clock,
     check_invited_job,
     check_owner,
+    check_updates,
     describe,
     identity_of,
     invitation_of,
@@ -198,6 +199,7 @@ def _with_job(
     welcome: Welcome | None,
     invitation: Invitation | None,
 ) -> None:
+    rows.add(check_updates(job))
     if plan.policy is not None and policy is not None:
         rows.attempt("policy and job", lambda: check_job(policy, job), lambda _: "the policy allows it", "see --policy")
     if invitation is not None and finished_before(plan.out, invitation) is not None:

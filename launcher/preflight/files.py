@@ -12,6 +12,7 @@ from shared.errors import FlglmError, KeyFileError
 from shared.identity import Identity, load_identity
 from shared.invitations import Invitation, load_invitation
 from shared.job import Job, load_job
+from shared.job.secure import why_off
 
 # The clock of a machine that was set by hand may be off by this much, and nothing will go wrong.
 CLOCK_SLACK = timedelta(minutes=2)
@@ -109,6 +110,15 @@ def job_of(rows: Checklist, path: Path) -> Job | None:
 
 def describe(job: Job) -> str:
     return f"{job.name}, {job.rounds.count} rounds, {job.cohort.clients} clients, digest {short(job.digest().hex())}"
+
+
+def check_updates(job: Job) -> Check:
+    """What the server sees of the updates that clients hand in."""
+    if (reason := why_off(job)) is None:
+        return ok("updates", f"masked ({job.secure}): the server sees their sum alone")
+    if not job.hands_in_updates:
+        return ok("updates", reason)
+    return warn("updates", reason, "three clients or more, and aggregation.secure=null or secagg, hide them in a sum")
 
 
 def short(digest: str) -> str:

@@ -23,6 +23,10 @@ FLOAT32 = 4
 # A trained value, its gradient and AdamW's two moments, all float32; on disk there is no gradient.
 BYTES_TRAINED = 4 * FLOAT32
 BYTES_SAVED = 3 * FLOAT32
+# What masking takes for a value while a round ends: its words (8 bytes), the difference and the round's start at the
+# client; the sum's words, the mean and the change at the server.
+MASKED_AT_CLIENT = 8 + 4 + 4
+MASKED_AT_SERVER = 8 + 4 + 8
 # How many values a method of aggregation keeps of each that it aggregates.
 AGGREGATOR_COPIES = {"fedavgm": 1, "fedadam": 2, "fedyogi": 2, "scaffold": 1}
 
@@ -106,7 +110,8 @@ def client_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: 
     frozen, train = count(checkpoint, job, plan, job.client_parts)
     control = train * FLOAT32 if job.aggregation.type == "scaffold" else 0
     saved = checkpoints * (train * BYTES_SAVED + control) + train * FLOAT32
-    return Need(frozen * FLOAT32 + train * BYTES_TRAINED + 2 * control, saved)
+    masked = 0 if job.secure == "off" else train * MASKED_AT_CLIENT
+    return Need(frozen * FLOAT32 + train * BYTES_TRAINED + 2 * control + masked, saved)
 
 
 def server_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: int) -> Need:
@@ -115,13 +120,15 @@ def server_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: 
     Raises JobError.
     """
     frozen, train = (0, 0) if "trunk" in job.client_parts else count(checkpoint, job, plan, ("trunk",))
-    averages = aggregated = count(checkpoint, job, plan, job.client_parts)[1] * FLOAT32
+    handed_in = count(checkpoint, job, plan, job.client_parts)[1]
+    averages = aggregated = handed_in * FLOAT32
     if job.cohort.adapters == "per_client":
         aggregated += train * FLOAT32
         train *= job.cohort.clients
     kept = averages + AGGREGATOR_COPIES.get(job.aggregation.type, 0) * aggregated
     width = FLOAT32 if job.training.trunk_dtype == "float32" else 2
     memory = frozen * width + train * BYTES_TRAINED + kept
+    memory += 0 if job.secure == "off" else handed_in * MASKED_AT_SERVER
     return Need(memory, checkpoints * (train * BYTES_SAVED + kept))
 
 

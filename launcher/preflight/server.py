@@ -9,7 +9,14 @@ import torch
 
 from launcher.people import brokers_at
 from launcher.preflight.checks import Check, Checklist, fail, ok
-from launcher.preflight.files import check_cards, check_clock, check_invite_for_server, identity_of, job_of
+from launcher.preflight.files import (
+    check_cards,
+    check_clock,
+    check_invite_for_server,
+    check_updates,
+    identity_of,
+    job_of,
+)
 from launcher.preflight.models import check_digest, check_split, checkpoint_of, server_need
 from launcher.preflight.network import Context, check_broker, check_metrics, check_name, probing
 from launcher.preflight.resources import Need, check_checkpoints, check_disk, check_memory
@@ -44,6 +51,8 @@ def check_server_plan(plan: ServerPlan, rows: Checklist, now: datetime) -> None:
     identity, job = identity_of(rows, plan.key), job_of(rows, plan.job)
     rows.add(check_cards("clients", plan.clients, 1 if job is None else job.cohort.needed))
     rows.add(check_clock(now, [plan.key, plan.job, plan.clients, *plan.invites]))
+    if job is not None:
+        rows.add(check_updates(job))
     if job is not None and identity is not None:
         for path in plan.invites:
             rows.add(check_invite_for_server(path, job, identity, now))

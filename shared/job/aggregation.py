@@ -1,8 +1,8 @@
 """How a round's updates become what all go on from."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from shared.job.settings import Settings
 
@@ -29,6 +29,12 @@ class AnyAggregation(Settings):
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     lora: Literal["average", "exact", "freeze_a"] = "average"
     secure: Literal["secagg", "secagg+", "off"] | None = None
+
+    @field_validator("secure", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        """In YAML 1.1 a bare `off` is false."""
+        return "off" if value is False else value
 
     @property
     def needs_single_updates(self) -> bool:

@@ -25,8 +25,9 @@ NAMES = ("a", "b", "c")
 LORA = Lora(r=2)
 AGGREGATIONS: dict[str, dict[str, Any]] = {
     "fedavgm": {"type": "fedavgm"},
-    "fedadam": {"type": "fedadam", "max_update_norm": 0.5},
-    "median": {"type": "median"},
+    "fedadam": {"type": "fedadam"},
+    "fedadam, bounded": {"type": "fedadam", "max_update_norm": 0.5, "secure": "off"},
+    "median": {"type": "median", "secure": "off"},
 }
 
 
@@ -113,7 +114,7 @@ def stretch(_: Tensor, after: Tensor) -> Tensor:
 @pytest.mark.parametrize("bad", [partial(spoil, float("nan")), partial(spoil, float("inf")), stretch])
 def test_a_refused_update_is_counted_and_stops_nobody(bad: Any, model: Path, tmp_path: Path) -> None:
     """c's updates are refused in every round: a and b are averaged, c stays to the end and has their average."""
-    job = job_of(model, {"type": "fedavg"})
+    job = job_of(model, {"type": "fedavg", "secure": "off"})
     clients = sites(c=Tampering(bad))
     outcomes: dict[str, Outcome] = {}
     with serving(job, tmp_path, NAMES) as running:
@@ -138,7 +139,8 @@ def test_a_refused_update_is_counted_and_stops_nobody(bad: Any, model: Path, tmp
 
 
 def test_a_weight_that_no_round_can_have_is_refused(model: Path, tmp_path: Path) -> None:
-    outcomes = train_in_process(job_of(model, {"type": "fedavg"}, rounds=1), sites(b=Tampering(weight=2**40)), tmp_path)
+    job = job_of(model, {"type": "fedavg", "secure": "off"}, rounds=1)
+    outcomes = train_in_process(job, sites(b=Tampering(weight=2**40)), tmp_path)
     reasons = [event["reason"] for event in outcomes["b"].events if event["event"] == "update_refused"]
     assert len(reasons) == 1
     assert "a weight of 1099511627776" in reasons[0]
@@ -146,7 +148,8 @@ def test_a_weight_that_no_round_can_have_is_refused(model: Path, tmp_path: Path)
 
 def test_where_all_updates_are_refused_all_stay_where_they_were(model: Path, tmp_path: Path) -> None:
     bad = Tampering(partial(spoil, float("nan")))
-    outcomes = train_in_process(job_of(model, {"type": "fedadam"}, rounds=2), sites(a=bad, b=bad, c=bad), tmp_path)
+    job = job_of(model, {"type": "fedadam", "secure": "off"}, rounds=2)
+    outcomes = train_in_process(job, sites(a=bad, b=bad, c=bad), tmp_path)
     start, _ = state_files.load(tmp_path / "a", 0)
     for outcome in outcomes.values():
         for name, value in outcome.parts.parameters.items():
@@ -156,8 +159,9 @@ def test_where_all_updates_are_refused_all_stay_where_they_were(model: Path, tmp
 @pytest.mark.parametrize(
     ("aggregation", "adapters", "said"),
     [
-        ({"type": "median"}, "per_client", "each of 2 replicas has only its own clients'"),
-        ({"type": "fedavg", "lora": "exact"}, "shared", "does not reach a shared trunk"),
+        ({"type": "median", "secure": "off"}, "per_client", "each of 2 replicas has only its own clients'"),
+        ({"type": "fedavg", "lora": "exact", "secure": "off"}, "shared", "does not reach a shared trunk"),
+        ({"type": "fedavg"}, "shared", "the job says cohort.replicas=1"),
     ],
 )
 def test_what_replicas_cannot_do_is_refused_before_they_meet(

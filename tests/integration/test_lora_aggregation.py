@@ -49,7 +49,7 @@ def job_of(model: Path, lora: str, rounds: int = 2, **aggregation: Any) -> Job:
         "training": {"per_device_train_batch_size": 4, "learning_rate": 2e-2, "weight_decay": 0.1, "seed": 5},
         "rounds": {"count": rounds, "local_steps": 3},
         "cohort": {"clients": 3, "adapters": "per_client"},
-        "aggregation": {"type": "fedavg", "lora": lora, **aggregation},
+        "aggregation": {"type": "fedavg", "lora": lora, "secure": "off" if lora == "exact" else None, **aggregation},
     }
     return parse_job(values, "job")
 

@@ -70,7 +70,8 @@ def rounds_of_updates(clients: slice) -> list[list[Update]]:
 
 def aggregated(aggregation: dict[str, Any], clients: slice, replicas: Replicas | None) -> dict[str, list[float]]:
     """Values and state after two rounds, a third in which nobody has an update changes nothing."""
-    job = parse_job({"model_name_or_path": "m", "cohort": {"clients": 3}, "aggregation": aggregation}, "job")
+    values = {"model_name_or_path": "m", "cohort": {"clients": 3}, "aggregation": aggregation | {"secure": "off"}}
+    job = parse_job(values, "job")
     result = Aggregated({factor: torch.full((2, 2), 0.5) for factor in FACTORS}, {})
     for updates in [*rounds_of_updates(clients), []]:
         result = aggregate(job, result.values, updates, result.state, replicas)
