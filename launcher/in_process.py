@@ -18,7 +18,7 @@ from broker.service import Broker
 from broker.settings import BrokerSettings
 from shared import state_files
 from shared.errors import DeadlineExceeded
-from shared.identity import Identity, generate_identity
+from shared.identity import Identity, create_identity, load_identity
 from shared.job import Job
 from shared.model.checkpoint import checkpoint_of
 from shared.wire.curve import Door
@@ -106,17 +106,17 @@ def serving(
     broker_settings: BrokerSettings = IN_PROCESS,
     **server_settings: Any,
 ) -> Iterator[Serving]:
-    """Broker and server for `job`, checkpoints under `folder`. An error of theirs is raised at the end.
+    """Broker and server for `job`, keys and checkpoints under `folder`. An error of theirs is raised at the end.
 
     `router`: the broker's logic, for those who want it to do more, or worse, than route.
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    identities = {name: generate_identity(name) for name in names}
+    identities = {name: _identity(folder / "keys", name) for name in names}
     admitted: Mapping[bytes, str] = {identity.public: name for name, identity in identities.items()}
     with Broker(broker_settings, context) as broker:
         broker.router = router or broker.router
         routing = Background("broker", broker.run)
-        identity = generate_identity("server")
+        identity = _identity(folder / "keys", "server")
         settings = ServerSettings(brokers=(Door(broker.backend),), state=folder / "server-state", **server_settings)
         server = Server(settings, job, identity, lambda: admitted, context)
         service = Background("server", server.run)
@@ -130,6 +130,12 @@ def serving(
                 broker.stop()
                 routing.join()
     context.term()
+
+
+def _identity(keys: Path, name: str) -> Identity:
+    """That of an earlier run in the same folder, or a new one."""
+    path = keys / f"{name}.key"
+    return load_identity(path) if path.exists() else create_identity(keys, name)
 
 
 def train_one(running: Serving, name: str, site: Site, folder: Path, report: Report | None = None) -> Outcome:

@@ -10,6 +10,7 @@ from shared.job import Job
 from shared.masked_updates import most_tokens
 from shared.payload.messages import Backward, Forward, Generate, Join, Mask, Update
 from shared.payload.tensors import TensorInfo, decode
+from shared.secure_aggregation.messages import AdvertiseKeys
 from shared.wire.envelope import Frame
 from worker_server.kept import Rows
 from worker_server.sessions import Session
@@ -89,7 +90,8 @@ class Intake:
     def mask(self, session: Session, message: Mask) -> Ticket:
         """Raises Refused for a weight that cannot be, or none where the client has an adapter of its own here."""
         self._check_weight(message.weight)
-        if message.weight == 0 and self.job.cohort.adapters == "per_client":
+        first = isinstance(message.body, AdvertiseKeys)
+        if first and message.weight == 0 and self.job.cohort.adapters == "per_client":
             raise Refused("the client's own adapter in the trunk has no weight", reason="weight")
         return Ticket(session.id, session.client, message.request, None, public=session.public)
 
