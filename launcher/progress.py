@@ -56,6 +56,8 @@ class ClientProgress:
                 self.progress.console.print(
                     f"the server left this client's update of round {event['round'] + 1} out: {event['reason']}"
                 )
+            case "left_behind":
+                self.progress.console.print(f"round {event['round'] + 1} went on without this client; joining the next")
             case "rounds_missed":
                 self.progress.console.print(f"the others are at round {event['round']}; joining there")
 

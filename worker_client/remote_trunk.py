@@ -55,7 +55,11 @@ class Pending:
 
 @dataclass(frozen=True)
 class RemoteTrunk:
-    """Calls wait for their answers, `timeout_s` at most (a cohort waits for its slowest member)."""
+    """Calls wait for their answers, `timeout_s` at most (a cohort waits for its slowest member).
+
+    Where rounds are of some clients only (cohort.sampled), `timeout_s` is how long a round may take, and a client may
+    not be drawn before the last: it waits for all of them.
+    """
 
     link: Link
     job: Job
@@ -144,7 +148,8 @@ class RemoteTrunk:
         return Pending(message.request, tuple(hidden.shape), self.link.send(message, [frame]))
 
     def _boundary(self, message: Join | Update, frames: list[memoryview]) -> Boundary:
-        answer = self._call(message, frames)
+        rounds = 1 if self.job.cohort.sampled is None else self.job.rounds.count
+        answer = self.link.call(message, frames, timeout_s=self.timeout_s * rounds)
         reply = _expect(answer, RoundStart, Finished)
         tensors = {
             info.name: decode(info, frame, dtype="float32")
@@ -155,9 +160,6 @@ class RemoteTrunk:
         finished = isinstance(reply, Finished)
         round, members = (None, 0) if finished else (reply.round, reply.members)
         return Boundary(round, members, averages, control, residuals, reply.refused)
-
-    def _call(self, message: Any, frames: list[memoryview]) -> Answer:
-        return self.link.call(message, frames, timeout_s=self.timeout_s)
 
 
 def _expect(answer: Answer, *kinds: type) -> Any:

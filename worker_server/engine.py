@@ -128,7 +128,8 @@ class Engine:
                     self._trunk.step(steps)
                 pairs = zip(present, results, strict=True)
                 return Computed(work, tuple((ticket, result) for ticket, result in pairs if ticket is not None))
-            case Aggregate(round_, updates):
+            case Aggregate(round_, updates, clients):
+                self.progress.clients = clients
                 return Computed(work, bounded=self._end_round(round_, updates))
             case Restore(round_):
                 self.progress.restore(round_)

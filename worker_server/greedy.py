@@ -9,6 +9,7 @@ that after a round it is where lockstep's would be.
 Not exact: a step's gradient belongs to the parameters that its forward used, and other steps may have come between.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from worker_server.rounds import Plan, Rounds
@@ -37,8 +38,8 @@ class Member:
 
 
 class Greedy(Rounds):
-    def __init__(self, plan: Plan, round: int = 0) -> None:
-        super().__init__(plan, round)
+    def __init__(self, plan: Plan, round: int = 0, known: Iterable[str] = ()) -> None:
+        super().__init__(plan, round, known)
         self.members: dict[bytes, Member] = {}
         self.waiting: dict[bytes, list[Ticket]] = {}
         self.cohorts: dict[int, Cohort] = {}

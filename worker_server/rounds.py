@@ -5,6 +5,12 @@
 The members of a round are fixed when it begins; who joins later waits for the next. A member that leaves, or keeps the
 others waiting past the deadline, is left behind: it may join again for the next round. A round with fewer members left
 than the quorum is undone (`Restore`), the others are sent back to its beginning (`Dismiss`), and it begins anew.
+
+With sampling a round takes `sampled` clients, and the others stay in the lobby. They are drawn
+(worker_server/sampling.py) from the clients that were known when the round before ended, and waited for, so that a
+round that is undone, or a server that was started again, draws the same; with a smaller quorum the draw is among those
+that are there.
+
 A member whose update is refused has done its part: the round ends without that update, the member stays. Undoing the
 round would bring the same update again.
 
@@ -17,9 +23,11 @@ not fit the state yields a `Refuse` and changes nothing.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from worker_server.deadlines import Deadlines
+from worker_server.sampling import drawn
 from worker_server.work import (
     Aggregate,
     Dismiss,
@@ -41,7 +49,8 @@ class Plan:
 
     `quorum`: with fewer members than that (0: than one) no round begins or goes on. `replicated`: this is one of
     several servers, none of which begins before all have their clients. `micro_batches` a step, of which a client may
-    have `in_flight` under way; `patience_s` is greedy's.
+    have `in_flight` under way; `patience_s` is greedy's. `sampled`: how many clients a round takes, None for all, drawn
+    from `seed`; `deadline_mads`: how deadlines adapt (worker_server/deadlines.py), None if they do not.
     """
 
     clients: int
@@ -55,6 +64,9 @@ class Plan:
     in_flight: int = 1
     patience_s: float = 1.0
     max_batch_tokens: int = 2**24
+    sampled: int | None = None
+    seed: int = 0
+    deadline_mads: float | None = None
 
     @property
     def needed(self) -> int:
@@ -62,11 +74,12 @@ class Plan:
 
 
 class Rounds(ABC):
-    """`plan.clients` start the job; at `round` a resumed one continues."""
+    """`plan.clients` start the job; at `round` a resumed one continues, with the clients `known` to it by then."""
 
-    def __init__(self, plan: Plan, round: int = 0) -> None:
+    def __init__(self, plan: Plan, round: int = 0, known: Iterable[str] = ()) -> None:
         self.plan = plan
         self.round = round
+        self.known = frozenset(known)
         self.stage: Stage = "finished" if round >= plan.rounds else "waiting"
         self.started = False
         self.held = plan.replicated
@@ -75,6 +88,8 @@ class Rounds(ABC):
         self.updates: dict[bytes, Ticket] = {}
         self.last_members: frozenset[str] = frozenset()
         self.updating_since: float | None = None
+        self.update_times: list[float] = []
+        self.deadlines = Deadlines(plan.deadline_s, plan.deadline_mads)
         self.works = 0
 
     # What the kinds of training add
@@ -140,6 +155,7 @@ class Rounds(ABC):
         self.updates[ticket.session] = ticket
         if self.updating_since is None:
             self.updating_since = now
+        self.update_times.append(now - self.updating_since)
         return self._end_round()
 
     def left(self, session: bytes, now: float) -> list[Instruction]:
@@ -157,11 +173,20 @@ class Rounds(ABC):
         """How many clients a round still waits for before it can begin."""
         if self.stage != "waiting":
             return 0
-        return max(0, (self.plan.needed if self.started else self.plan.clients) - len(self.lobby))
+        if not self.started and len(self.lobby) < self.plan.clients:
+            return self.plan.clients - len(self.lobby)
+        return max(0, self.plan.needed - len(self._drawn()))
 
     def all_have_their_clients(self) -> list[Instruction]:
         """Every replica may begin."""
         self.held = False
+        return self._begin_round() if self.stage == "waiting" else []
+
+    def only(self, admitted: frozenset[str]) -> list[Instruction]:
+        """Who is not among `admitted` will not come (back): nobody waits for him if he was drawn."""
+        if self.known <= admitted:
+            return []
+        self.known &= admitted
         return self._begin_round() if self.stage == "waiting" else []
 
     def ended_elsewhere(self) -> list[Instruction]:
@@ -186,14 +211,16 @@ class Rounds(ABC):
     def aggregation_done(self) -> list[Instruction]:
         self.round += 1
         answers = [t for s, t in self.updates.items() if s in self.active]
-        self.last_members = frozenset(ticket.client for ticket in self.updates.values())
-        self.active, self.updates, self.updating_since = {}, {}, None
+        self.last_members = self.known | {ticket.client for ticket in self.updates.values()}
+        self.active = {}
+        self._forget_updates()
         if self.round >= self.plan.rounds:
             self.stage = "finished"
             answers += self.lobby.values()
             self.lobby = {}
             return [Finish(in_order(answers))]
-        self.lobby.update({t.session: t for t in answers})
+        # Who is not drawn waits, and his update must not.
+        self.lobby.update({t.session: replace(t, payload=None) for t in answers})
         self.stage = "waiting"
         return self._begin_round()
 
@@ -225,8 +252,11 @@ class Rounds(ABC):
         if self.stage != "training" or not self.active.keys() <= self.updates.keys():
             return []
         self.stage = "aggregating"
+        self.deadlines.record("update", self.update_times)
         counted = (t for s, t in self.updates.items() if s in self.active and t.refused is None)
-        return [Aggregate(self.round, in_order(counted))]
+        if self.plan.sampled is not None:
+            self.known |= {*self.active.values(), *(ticket.client for ticket in self.lobby.values())}
+        return [Aggregate(self.round, in_order(counted), tuple(sorted(self.known)))]
 
     def _drop(self, sessions: Iterable[bytes], now: float) -> list[Instruction]:
         gone = [session for session in sessions if self.active.pop(session, None) is not None]
@@ -251,17 +281,33 @@ class Rounds(ABC):
             return []
         # Nothing ran yet, nothing to undo.
         undo: list[Instruction] = [Restore(self.round)] if self._ran() else []
-        self.updates, self.updating_since = {}, None
+        self._forget_updates()
         self.stage = "waiting"
         return [*undo, *self._begin_round()]
+
+    def _forget_updates(self) -> None:
+        self.updates, self.updating_since, self.update_times = {}, None, []
+
+    def _drawn(self) -> list[Ticket]:
+        """Those of the lobby that the round takes."""
+        here = {ticket.client: ticket for ticket in self.lobby.values()}
+        sampled = self.plan.sampled
+        if sampled is None:
+            return list(here.values())
+        among = {*here} if self.plan.needed < sampled else {*self.known}
+        if len(among) < sampled:
+            among |= here.keys()
+        return [here[client] for client in drawn(among, sampled, self.plan.seed, self.round) if client in here]
 
     def _begin_round(self) -> list[Instruction]:
         if not self.lobby or self.held or self.missing:
             return []
         self.started = True
-        answers = in_order(self.lobby.values())
+        answers = in_order(self._drawn())
+        if self.plan.sampled is not None and not self.known:
+            self.known = frozenset(ticket.client for ticket in self.lobby.values())
         self.active = {ticket.session: ticket.client for ticket in answers}
-        self.lobby = {}
+        self.lobby = {session: ticket for session, ticket in self.lobby.items() if session not in self.active}
         self.stage = "training"
         self._reset()
         return [StartRound(self.round, answers)]

@@ -1,7 +1,7 @@
 """Putting a server together from its settings, a job, an identity and a list of admitted clients."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -126,7 +126,7 @@ class Server:
                     max_length=self.job.data.max_length,
                     update_shapes=shapes,
                 ),
-                make_rounds(self.job, progress.round, place),
+                make_rounds(self.job, progress.round, place, progress.clients),
                 Inference(self.job.cohort.max_batch_tokens),
                 StreamBook(
                     StreamLimits(
@@ -174,6 +174,12 @@ class Server:
         if place.replicas > self.job.cohort.clients:
             raise JobError(f"{place.replicas} replicas for {self.job.cohort.clients} clients (cohort.clients)")
         trains_trunk = "trunk" in self.job.training.parts
+        if self.job.cohort.sampled is not None:
+            raise JobError(
+                f"cohort.sampled={self.job.cohort.sampled} draws from all clients, and each of {place.replicas} "
+                "replicas knows only its own",
+                hint="run one server, or leave cohort.sampled out",
+            )
         if self.job.aggregation.robust:
             raise JobError(
                 f"aggregation.type={self.job.aggregation.type} compares all clients' updates, and each of "
@@ -195,8 +201,11 @@ class Server:
             replicas.close()
 
 
-def make_rounds(job: Job, round: int, place: Place | None = None) -> Rounds:
-    """The state machine of the job's kind of training; one of several replicas begins with its share of the clients."""
+def make_rounds(job: Job, round: int, place: Place | None = None, known: Iterable[str] = ()) -> Rounds:
+    """The state machine of the job's kind of training; one of several replicas begins with its share of the clients.
+
+    `known`: those from whom this round is drawn, where it is.
+    """
     clients, quorum = job.cohort.clients, job.cohort.needed
     if place is not None:
         clients = clients // place.replicas + (place.replica < clients % place.replicas)
@@ -213,7 +222,10 @@ def make_rounds(job: Job, round: int, place: Place | None = None) -> Rounds:
         in_flight=job.cohort.in_flight,
         patience_s=job.cohort.patience_s,
         max_batch_tokens=job.cohort.max_batch_tokens,
+        sampled=job.cohort.sampled,
+        seed=job.training.seed,
+        deadline_mads=job.cohort.deadline_mads,
     )
     if job.split.trunk == "client":
-        return PlainFedavg(plan, round)
-    return Lockstep(plan, round) if job.cohort.mode == "lockstep" else Greedy(plan, round)
+        return PlainFedavg(plan, round, known)
+    return (Lockstep if job.cohort.mode == "lockstep" else Greedy)(plan, round, known)

@@ -302,6 +302,8 @@ class Service:
     def _put_out_the_revoked(self, now: float) -> None:
         for session in self.sessions.revoked():
             self._end(session.id, "revoked", "the admission was taken back", now)
+        if (names := self.sessions.names()) is not None:
+            self._carry_out(self.rounds.only(names))
 
     # What is done about it
 

@@ -69,10 +69,14 @@ class ReleaseStreams:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """Average the updates of `round` (from 0), then keep a checkpoint of `round + 1` completed rounds."""
+    """Average the updates of `round` (from 0), then keep a checkpoint of `round + 1` completed rounds.
+
+    `clients`: those from whom the next round is drawn, where it is; a resumed server draws from them.
+    """
 
     round: int
     updates: tuple[Ticket, ...]
+    clients: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

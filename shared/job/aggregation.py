@@ -6,6 +6,8 @@ from pydantic import Field
 
 from shared.job.settings import Settings
 
+PersonalPart = Literal["head", "tail"]
+
 
 class AnyAggregation(Settings):
     """What all kinds of aggregation share; each is described, with its paper, in worker_server/aggregators.
@@ -16,6 +18,9 @@ class AnyAggregation(Settings):
     `lora`: factors A and B are each aggregated ("average": the mean of products is not the product of means); so, and
     what that leaves out is added to the frozen weights ("exact": FedEx-LoRA, arXiv 2410.09432); or A stays as it was
     drawn from the seed, and B alone is trained ("freeze_a": FFA-LoRA, arXiv 2403.12313).
+    `personal`: parts that are trained and never leave their client: the tail (FedPer, Arivazhagan et al., arXiv
+    1912.00818, section 3: personalization layers over shared ones) or the head (LG-FedAvg, Liang et al., arXiv
+    2001.01523, section 3: local representations under a shared model).
     """
 
     robust: ClassVar[bool] = False
@@ -25,6 +30,7 @@ class AnyAggregation(Settings):
     max_update_norm: Annotated[float, Field(gt=0)] | None = None
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     lora: Literal["average", "exact", "freeze_a"] = "average"
+    personal: tuple[PersonalPart, ...] = ()
 
     @property
     def needs_single_updates(self) -> bool:

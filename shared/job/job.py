@@ -41,6 +41,13 @@ class Job(Settings):
         return ("head", "trunk", "tail") if self.split.trunk == "client" else ("head", "tail")
 
     @property
+    def handed_in(self) -> tuple[TrainedPart, ...]:
+        """The parts whose updates leave the clients."""
+        return tuple(
+            part for part in self.client_parts if part in self.training.parts and part not in self.aggregation.personal
+        )
+
+    @property
     def drawn_from(self) -> int | None:
         """The seed that the model's weights are drawn from; None where they are read."""
         return self.training.seed if self.training.from_scratch else None
