@@ -65,6 +65,11 @@ class RemoteTrunk:
     job: Job
     timeout_s: float
 
+    @property
+    def round_timeout_s(self) -> float:
+        """How long a client waits for its next round."""
+        return self.timeout_s * (1 if self.job.cohort.sampled is None else self.job.rounds.count)
+
     def join(self, rows: int) -> Boundary:
         """Waits until the next round begins."""
         return self._boundary(Join(request=self.link.next_request(), rows=rows), [])
@@ -148,8 +153,7 @@ class RemoteTrunk:
         return Pending(message.request, tuple(hidden.shape), self.link.send(message, [frame]))
 
     def _boundary(self, message: Join | Update, frames: list[memoryview]) -> Boundary:
-        rounds = 1 if self.job.cohort.sampled is None else self.job.rounds.count
-        answer = self.link.call(message, frames, timeout_s=self.timeout_s * rounds)
+        answer = self.link.call(message, frames, timeout_s=self.round_timeout_s)
         reply = _expect(answer, RoundStart, Finished)
         tensors = {
             info.name: decode(info, frame, dtype="float32")

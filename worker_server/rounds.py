@@ -22,7 +22,7 @@ not fit the state yields a `Refuse` and changes nothing.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -177,6 +177,14 @@ class Rounds(ABC):
             return self.plan.clients - len(self.lobby)
         return max(0, self.plan.needed - len(self._drawn()))
 
+    @property
+    def awaited(self) -> list[str]:
+        """Clients that were drawn, and for whom the round waits: no others will do."""
+        if self.stage != "waiting" or not self.started or self.plan.sampled is None:
+            return []
+        here = {ticket.client for ticket in self.lobby.values()}
+        return sorted(client for client in self._draw(here) if client not in here)
+
     def all_have_their_clients(self) -> list[Instruction]:
         """Every replica may begin."""
         self.held = False
@@ -291,13 +299,15 @@ class Rounds(ABC):
     def _drawn(self) -> list[Ticket]:
         """Those of the lobby that the round takes."""
         here = {ticket.client: ticket for ticket in self.lobby.values()}
-        sampled = self.plan.sampled
-        if sampled is None:
-            return list(here.values())
+        return list(here.values()) if self.plan.sampled is None else [here[c] for c in self._draw(here) if c in here]
+
+    def _draw(self, here: Collection[str]) -> list[str]:
+        """The names that the round takes, there or not."""
+        sampled = self.plan.sampled or 0
         among = {*here} if self.plan.needed < sampled else {*self.known}
         if len(among) < sampled:
-            among |= here.keys()
-        return [here[client] for client in drawn(among, sampled, self.plan.seed, self.round) if client in here]
+            among |= {*here}
+        return drawn(among, sampled, self.plan.seed, self.round)
 
     def _begin_round(self) -> list[Instruction]:
         if not self.lobby or self.held or self.missing:

@@ -31,6 +31,7 @@ from worker_client.client import _write_result
 from worker_client.data import Row
 from worker_client.evaluation.local_model import Trained, load_local_model
 from worker_client.head_tail import load_client_parts
+from worker_client.remote_trunk import RemoteTrunk
 from worker_server.server import Server
 from worker_server.settings import ServerSettings
 
@@ -180,6 +181,15 @@ def test_a_round_averages_exactly_those_who_were_drawn(trunk: str, model: Path, 
     expected = assert_simulated(job, rows, outcomes, members)
     everybody = simulated(job, rows, [NAMES] * ROUNDS, set(outcomes["a"].parts.shared), list(expected["a"]))
     assert furthest(expected["a"], everybody["a"]) > 1e-3
+
+
+@pytest.mark.parametrize(("sampled", "rounds_at_most"), [(None, 1), (2, ROUNDS)])
+def test_who_may_not_be_drawn_before_the_last_round_waits_for_all_of_them(
+    sampled: int | None, rounds_at_most: int, model: Path, tmp_path: Path
+) -> None:
+    job = job_of(model, {"clients": 5, "sampled": sampled})
+    with serving(job, tmp_path, ["a"]) as running, running.link("a") as link:
+        assert RemoteTrunk(link, job, 60.0).round_timeout_s == 60 * rounds_at_most
 
 
 @pytest.mark.parametrize("mode", [{"mode": "greedy"}, {"mode": "greedy", "adapters": "per_client"}])

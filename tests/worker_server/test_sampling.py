@@ -139,11 +139,13 @@ def test_an_undone_round_waits_for_those_it_drew_whoever_else_is_there(kind: Mac
     assert came == [Dismiss((first.encode(),))]
     rounds.left(first.encode(), 0)
     assert (rounds.stage, rounds.missing, len(rounds.lobby)) == ("waiting", 2, 3)
+    assert rounds.awaited == [first, second]
     assert rounds.joined(ticket(first), 0) == []
-    assert rounds.missing == 1
+    assert (rounds.missing, rounds.awaited) == (1, [second])
     (start,) = rounds.joined(ticket(second), 0)
     assert isinstance(start, StartRound)
     assert members(rounds) == expected(0)
+    assert (rounds.missing, rounds.awaited) == (0, [])
 
 
 def test_who_comes_new_is_drawn_from_the_next_round_on_even_if_this_one_is_undone(kind: Machine) -> None:
