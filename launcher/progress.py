@@ -69,6 +69,8 @@ class ClientProgress:
                 self.progress.console.print(
                     f"this client's update of round {event['round'] + 1} was left out: {event['reason']}"
                 )
+            case "left_behind":
+                self.progress.console.print(f"round {event['round'] + 1} went on without this client; joining the next")
             case "rounds_missed":
                 self.progress.console.print(f"the others are at round {event['round']}; joining there")
 

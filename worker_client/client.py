@@ -139,7 +139,7 @@ def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, repor
             "total_steps": job.total_steps,
         }
     )
-    report({"event": "updates", "handed_in": job.hands_in_updates, "secure": job.secure, "why_off": why_off(job)})
+    report({"event": "updates", "handed_in": bool(job.handed_in), "secure": job.secure, "why_off": why_off(job)})
     return Site(job, load_client_parts(checkpoint, job), rows, validation, settings.policy.names())
 
 

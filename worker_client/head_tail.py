@@ -12,7 +12,7 @@ from shared.model.carve import TRUNK_DTYPES, Part, load_head_and_tail, load_part
 from shared.model.checkpoint import Checkpoint
 from shared.model.plan import SplitPlan
 from shared.model.residuals import Residuals
-from shared.model.trainable import make_trainable, trained
+from shared.model.trainable import handed_in, make_trainable, trained
 from worker_client.batches import Batch
 
 
@@ -50,12 +50,14 @@ NO_SCORE = Score(0.0, 0, 0, 0)
 class HeadTail:
     """Head and tail with their trained parameters by global name; in plain FedAvg the trunk with its, too.
 
-    `residuals` may be added to frozen weights.
+    `shared`: those of them that are handed in and averaged; the others are personal, and stay. `residuals` may be added
+    to frozen weights.
     """
 
     head: Part
     tail: Part
     parameters: dict[str, nn.Parameter]
+    shared: dict[str, nn.Parameter]
     residuals: Residuals
     trunk: Part | None = None
 
@@ -116,4 +118,5 @@ def load_client_parts(checkpoint: Checkpoint, job: Job) -> HeadTail:
     parts = [part for part in (head, trunk, tail) if part is not None]
     for part in parts:
         make_trainable(part, job)
-    return HeadTail(head, tail, trained(parts), Residuals(parts, job), trunk)
+    averaged = [part for part in parts if part.name not in job.aggregation.personal]
+    return HeadTail(head, tail, trained(parts), handed_in(parts, job), Residuals(averaged, job), trunk)

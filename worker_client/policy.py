@@ -39,7 +39,7 @@ class Policy(BaseModel):
     max_rounds: Count | None = None
     least_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     share_updates: bool = True
-    """False: the head's and the tail's updates stay here, so jobs may train the trunk alone."""
+    """False: no update leaves, so jobs may train the trunk, and of head and tail what is personal."""
     secure_updates: bool = False
     roster: Path | None = None
 
@@ -69,7 +69,7 @@ def check_server(policy: Policy, invitation: Invitation) -> None:
 def check_job(policy: Policy, job: Job) -> None:
     """Before anything is read. Raises Refused (`policy`), naming the setting of the job."""
     rows = job.total_steps * job.training.per_device_train_batch_size * job.training.gradient_accumulation_steps
-    held = " or ".join(job.client_parts)
+    held = " or ".join(job.handed_in)
     limits = (
         (job.split.head_blocks < policy.min_head_blocks, f"split.head_blocks={job.split.head_blocks} is less than "
          f"min_head_blocks={policy.min_head_blocks}"),
@@ -82,9 +82,9 @@ def check_job(policy: Policy, job: Job) -> None:
         (policy.max_rows is not None and rows > policy.max_rows,
          f"it trains on {rows} rows (rounds.count x rounds.local_steps x batch), more than max_rows={policy.max_rows}"),
         (policy.least_noise > 0, f"it adds no noise, and least_noise={policy.least_noise:g}"),
-        (policy.secure_updates and job.hands_in_updates and job.secure == "off",
+        (policy.secure_updates and bool(job.handed_in) and job.secure == "off",
          f"its updates are not masked, and secure_updates is true: {why_off(job)}"),
-        (not policy.share_updates and job.hands_in_updates,
+        (not policy.share_updates and bool(job.handed_in),
          f"training.parts={list(job.training.parts)} hands out updates of {held}, and share_updates is false"),
     )  # fmt: skip
     for exceeded, reason in limits:

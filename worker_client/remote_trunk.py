@@ -64,11 +64,20 @@ class Pending:
 
 @dataclass(frozen=True)
 class RemoteTrunk:
-    """Calls wait for their answers, `timeout_s` at most (a cohort waits for its slowest member)."""
+    """Calls wait for their answers, `timeout_s` at most (a cohort waits for its slowest member).
+
+    Where rounds are of some clients only (cohort.sampled), `timeout_s` is how long a round may take, and a client may
+    not be drawn before the last: it waits for all of them.
+    """
 
     link: Link
     job: Job
     timeout_s: float
+
+    @property
+    def round_timeout_s(self) -> float:
+        """How long a client waits for its next round."""
+        return self.timeout_s * (1 if self.job.cohort.sampled is None else self.job.rounds.count)
 
     def join(self, rows: int) -> Boundary:
         """Waits until the next round begins."""
@@ -183,7 +192,7 @@ class RemoteTrunk:
         return Boundary(round, members, averages, control, residuals, reply.refused, sum)
 
     def _call(self, message: Any, frames: Sequence[Frame]) -> Answer:
-        return self.link.call(message, frames, timeout_s=self.timeout_s)
+        return self.link.call(message, frames, timeout_s=self.round_timeout_s)
 
 
 def _expect(answer: Answer, *kinds: type) -> Any:

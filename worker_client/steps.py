@@ -150,7 +150,7 @@ class Steps:
                 self.parts.take(underway.version)
 
     def _end_step(self, round: int, batches: Sequence[Underway], began: float) -> None:
-        self.drift.correct(self.parts.parameters)
+        self.drift.correct(self.parts.shared)
         self.optimizer.step()
         self.report(
             {

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared import state_files
-from shared.errors import CheckpointError, TensorError
+from shared.errors import CheckpointError, Refused, TensorError
 from shared.job import Job
 from shared.model.optimizer import PartOptimizer
 from shared.model.trainable import load_trained
+from shared.secure_aggregation.terms import Terms
 from worker_client.batches import pack_rows
 from worker_client.data import Row
 from worker_client.drift import begin, next_control
@@ -23,6 +24,8 @@ from worker_client.steps import Report, Steps
 
 # A server killed while it averaged begins its last round anew; one with a corrupt last checkpoint, the round before.
 KEPT_CHECKPOINTS = 3
+# What a server says to one whom the others have not waited for.
+LEFT_BEHIND = ("not_in_round", "wrong_step")
 
 
 @dataclass
@@ -51,44 +54,61 @@ class Training:
     def run(self) -> Score | None:
         """Train until the job is finished; the joint model's score on the validation rows, if there are any."""
         self._resume()
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.parts.parameters.items()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.parts.shared.items()}
         masked = MaskedUpdates(self.job, self.trunk.link.identity, shapes, self.out, self.report, self.roster)
         boundary = self.trunk.join(len(self.rows))
         score: Score | None = None
-        while boundary.round is not None:
+        while (round := boundary.round) is not None:
             terms = masked.terms(boundary)
-            self._align(boundary.round)
+            self._align(round)
             self._apply(boundary)
-            start = {} if terms is None else {name: value.clone() for name, value in self._trained().items()}
-            self.report({"event": "round", "round": boundary.round, "members": boundary.members})
-            if boundary.round % self.job.rounds.evaluate_every == 0:
-                score = self._evaluate(boundary.round)
-            control = self.control
-            weight = self._train_round(boundary)
-            self.completed = boundary.round + 1
-            self._save()
-            if self.job.rounds.weighting == "rows":
-                weight = len(self.rows)
-            trained = boundary.round
-            if terms is None:
-                boundary = self.trunk.update(trained, weight, self._trained())
-            else:
-                boundary = masked.hand_in(self.trunk, terms, trained, weight, start, self._trained())
-            if boundary.refused is not None:
-                self.report({"event": "update_refused", "round": trained, "reason": boundary.refused})
-                self.control = control  # the server's does not know of this round's
-                self._save()
+            self.report({"event": "round", "round": round, "members": boundary.members})
+            if round % self.job.rounds.evaluate_every == 0:
+                score = self._evaluate(round)
+            try:
+                boundary = self._take_part(round, boundary, masked, terms)
+            except Refused as error:
+                if error.reason not in LEFT_BEHIND:
+                    raise
+                boundary = self._left_behind(round)
         self._apply(boundary)
         score = self._evaluate(self.job.rounds.count)
         self.report({"event": "finished", "rounds": self.job.rounds.count})
         return score
 
-    def _train_round(self, boundary: Boundary) -> int:
-        assert boundary.round is not None
-        drift = begin(self.job, self.parts.parameters, boundary.control, self.control)
+    def _take_part(self, round: int, boundary: Boundary, masked: MaskedUpdates, terms: Terms | None) -> Boundary:
+        """Train a round and hand in what came of it; where the next begins."""
+        control = self.control
+        start = {} if terms is None else {name: value.clone() for name, value in _values(self.parts.shared).items()}
+        weight = self._train_round(round, boundary)
+        self.completed = round + 1
+        self._save()
+        if self.job.rounds.weighting == "rows":
+            weight = len(self.rows)
+        if terms is None:
+            after = self.trunk.update(round, weight, _values(self.parts.shared))
+        else:
+            after = masked.hand_in(self.trunk, terms, round, weight, start, _values(self.parts.shared))
+        if after.refused is not None:
+            self.report({"event": "update_refused", "round": round, "reason": after.refused})
+            self.control = control  # the server's does not know of this round's
+            self._save()
+        return after
+
+    def _left_behind(self, round: int) -> Boundary:
+        """The others went on without this client, or began anew: be as it was when the round began, and join again.
+
+        Raises Refused if the server knows nothing of that: it is a member still.
+        """
+        self.report({"event": "left_behind", "round": round})
+        self._go_back(round, moved=True)
+        return self.trunk.join(len(self.rows))
+
+    def _train_round(self, round: int, boundary: Boundary) -> int:
+        drift = begin(self.job, self.parts.shared, boundary.control, self.control)
         steps = Steps(self.job, self.parts, self.trunk, self.rows, self.optimizer, self.report, drift)
-        weight = steps.train_round(boundary.round)
-        self.control = next_control(self.job, drift, self.parts.parameters)
+        weight = steps.train_round(round)
+        self.control = next_control(self.job, drift, self.parts.shared)
         return weight
 
     def _evaluate(self, round: int) -> Score | None:
@@ -123,19 +143,18 @@ class Training:
     def _fresh_optimizer(self) -> PartOptimizer:
         return PartOptimizer(self.parts.parameters, self.job.training, self.job.total_steps)
 
-    def _trained(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.parts.parameters.items()}
-
     def _apply(self, boundary: Boundary) -> None:
-        """Take over the averages. Raises TensorError if they, control variates or residuals do not fit."""
-        expected = {name: parameter.shape for name, parameter in self.parts.parameters.items()}
+        """Take over the averages; personal parts stay. Raises TensorError if they, control variates or residuals do
+        not fit.
+        """
+        expected = {name: parameter.shape for name, parameter in self.parts.shared.items()}
         for told in (boundary.averages, boundary.control):
             if told and {name: value.shape for name, value in told.items()} != expected:
                 raise TensorError("the server's averages do not fit this client's parts")
         self.parts.residuals.apply(boundary.residuals)
         if not boundary.averages:
             return
-        load_trained(self.parts.parameters, boundary.averages)
+        load_trained(self.parts.shared, boundary.averages)
 
     def _resume(self) -> None:
         """Continue from the newest readable checkpoint in `out`, or begin with `checkpoint-0`.
@@ -146,19 +165,31 @@ class Training:
             self._save()
 
     def _align(self, round: int) -> None:
-        """Be where the server is: at the state after `round` rounds of local steps."""
-        if round == self.completed:
-            return
-        if round in state_files.numbers(self.out):
+        """Be where the server is: as this client was when it last took part before `round`, there in the schedule.
+
+        Averages come from the server. Not to be drawn is as it should be; what was missed otherwise is said.
+        """
+        if round != self.completed:
+            self._go_back(round)
+        if round != self.completed and self.job.cohort.sampled is None:
+            self.report({"event": "rounds_missed", "completed": self.completed, "round": round})
+        self.completed = round
+        self.optimizer.move_to(round * self.job.rounds.local_steps)
+
+    def _go_back(self, round: int, *, moved: bool = False) -> None:
+        """To the newest checkpoint that is not after `round`, if there is one and it is not where this client is.
+
+        `moved`: it has trained since `completed`.
+        """
+        for number in reversed([number for number in state_files.numbers(self.out) if number <= round]):
+            if number == self.completed and not moved:
+                return
             try:
-                self._load(round)
+                self._load(number)
             except CheckpointError as error:
-                self._say_unreadable(round, error)
+                self._say_unreadable(number, error)
             else:
                 return
-        # The averages still come from the server; this client's optimizer continues from where it was.
-        self.report({"event": "rounds_missed", "completed": self.completed, "round": round})
-        self.completed = round
 
     def _load(self, number: int) -> None:
         tensors, facts = state_files.load(self.out, number)
@@ -176,12 +207,16 @@ class Training:
         self.report({"event": "checkpoint_unreadable", "number": number, "reason": error.message})
 
     def _save(self) -> None:
-        tensors = {f"trained/{name}": value for name, value in self._trained().items()}
+        tensors = {f"trained/{name}": value for name, value in _values(self.parts.parameters).items()}
         tensors |= {f"optimizer/{name}": value for name, value in self.optimizer.state().items()}
         tensors |= {f"control/{name}": value for name, value in self.control.items()}
         tensors["random/torch"] = torch.get_rng_state()
         facts = {"job": self.job.digest().hex(), "steps": self.optimizer.steps}
         state_files.save(self.out, self.completed, tensors, facts, keep=KEPT_CHECKPOINTS)
+
+
+def _values(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,11 +2,13 @@
 
 A client's adapter is one flat vector (P,) of all its LoRA weights, or of its prefixes in all layers; those that are
 trained are its own. They take the gradient of that client's own mean loss and step by an optimizer of their own, as if
-the client had a server for itself ("server-hierarchical" in the appendix of FL-GLM, arXiv 2406.14898). Moments and
-schedules stay with their clients; weights are aggregated with those of head and tail, as one update of that client.
+the client had a server for itself ("server-hierarchical" in the appendix of FL-GLM, arXiv 2406.14898). Moments stay
+with their clients; schedules go by the job's steps, for who sat a round out as well; weights are aggregated with those
+of head and tail, as one update of that client.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -48,6 +50,8 @@ class ClientAdapters:
         self.average = torch.cat([value.flatten() for value in first.values()])
         self.learnt = _positions(self.shapes, job).to(self.average.device)
         self.clients: dict[str, ClientAdapter] = {}
+        self.done: Counter[str] = Counter()
+        self.position = 0.0  # of the schedules, where the round began
 
     def admit(self, names: Iterable[str]) -> None:
         """Let all of `names` have an adapter. Past the limit, others lose theirs, who stepped least first.
@@ -55,12 +59,10 @@ class ClientAdapters:
         Who is not of this round loses its moments alone: its weights are the average.
         """
         wanted = dict.fromkeys(names)
-        others = sorted(
-            self.clients.keys() - wanted.keys(), key=lambda name: (self.clients[name].optimizer.steps, name)
-        )
+        others = sorted(self.clients.keys() - wanted.keys(), key=lambda name: (self.done[name], name))
         excess = len(self.clients.keys() | wanted.keys()) - self.limit
         for name in others[: max(0, excess)]:
-            del self.clients[name]
+            del self.clients[name], self.done[name]
         for name in wanted:
             if name not in self.clients:
                 self.clients[name] = self._adapter(self.average[self.learnt])
@@ -90,18 +92,20 @@ class ClientAdapters:
             else:
                 event(logger, "step_overflowed", level=logging.WARNING, client=name, step=adapter.optimizer.steps)
             adapter.optimizer.step()
+            self.done[name] += 1
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector (P,) as peft's A and B, by global name: views."""
         pieces = torch.split(vector, [prod(shape) for shape in self.shapes.values()])
         return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
 
-    def go_on_from(self, average: Tensor) -> None:
-        """Let every client continue with these weights, (P,)."""
-        self.average = average
+    def go_on_from(self, average: Tensor, position: float) -> None:
+        """Let every client continue with these weights, (P,), at this place of its schedule."""
+        self.average, self.position = average, position
         with torch.no_grad():
             for adapter in self.clients.values():
                 adapter.vector.copy_(self.average[self.learnt])
+                adapter.optimizer.move_to(position)
 
     def state(self) -> dict[str, Tensor]:
         """The average as `trunk/<parameter>`, shaped as peft has it; the rest as `client/<name>/...`."""
@@ -109,12 +113,15 @@ class ClientAdapters:
         for client, adapter in self.clients.items():
             state[f"client/{client}/{VECTOR}"] = adapter.vector.detach().clone()
             state[f"client/{client}/steps"] = torch.tensor(adapter.optimizer.steps, dtype=torch.float64)
+            state[f"client/{client}/done"] = torch.tensor(self.done[client])
             for name, value in adapter.optimizer.state().items():
                 state[f"client/{client}/optimizer/{name}"] = value
         return state
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state()`."""
+    def load_state(self, state: Mapping[str, Tensor], position: float) -> None:
+        """Continue from `state()`, taken when the job's schedule was at `position`."""
+        self.position = position
+        self.done = Counter()
         device = self.average.device
         self.average = torch.cat([state[f"trunk/{name}"].flatten() for name in self.shapes]).to(device)
         self.clients = {}
@@ -126,10 +133,13 @@ class ClientAdapters:
             moments = {n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)}
             adapter.optimizer.load_state(moments, float(state[f"client/{client}/steps"]))
             self.clients[client] = adapter
+            self.done[client] = int(state[f"client/{client}/done"])
 
     def _adapter(self, values: Tensor) -> ClientAdapter:
         vector = nn.Parameter(values)
-        return ClientAdapter(vector, PartOptimizer({VECTOR: vector}, self.training, self.total_steps))
+        optimizer = PartOptimizer({VECTOR: vector}, self.training, self.total_steps)
+        optimizer.move_to(self.position)
+        return ClientAdapter(vector, optimizer)
 
 
 def _positions(shapes: Mapping[str, Sequence[int]], job: Job) -> Tensor:

@@ -137,7 +137,8 @@ class Engine:
                     self._trunk.step(steps)
                 pairs = zip(present, results, strict=True)
                 return Computed(work, tuple((ticket, result) for ticket, result in pairs if ticket is not None))
-            case Aggregate(round_, updates, sum_):
+            case Aggregate(round_, updates, clients, sum_):
+                self.progress.clients = clients
                 if sum_ is not None:
                     return self._unmask(work, round_, sum_)
                 return Computed(work, bounded=self._end_round(round_, updates, None))

@@ -9,6 +9,7 @@ that after a round it is where lockstep's would be.
 Not exact: a step's gradient belongs to the parameters that its forward used, and other steps may have come between.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from worker_server.masking import Sums
@@ -39,9 +40,14 @@ class Member:
 
 class Greedy(Rounds):
     def __init__(
-        self, plan: Plan, round: int = 0, sums: Sums | None = None, bound: frozenset[str] = frozenset()
+        self,
+        plan: Plan,
+        round: int = 0,
+        known: Iterable[str] = (),
+        sums: Sums | None = None,
+        bound: frozenset[str] = frozenset(),
     ) -> None:
-        super().__init__(plan, round, sums, bound)
+        super().__init__(plan, round, known, sums, bound)
         self.members: dict[bytes, Member] = {}
         self.waiting: dict[bytes, list[Ticket]] = {}
         self.cohorts: dict[int, Cohort] = {}

@@ -7,9 +7,11 @@ approximate about it. Cohorts run in the order of their micro-batches, forwards 
     a cohort: forward ──all hidden states in──> forwarding ──done──> backward ──all gradients in──> backwarding ──> done
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from worker_server.deadlines import Kind
 from worker_server.masking import Sums
 from worker_server.rounds import Plan, Rounds
 from worker_server.work import Instruction, RunBackward, RunForward, Ticket, in_order, refuse
@@ -17,24 +19,42 @@ from worker_server.work import Instruction, RunBackward, RunForward, Ticket, in_
 
 @dataclass
 class Cohort:
-    """All members' requests for one micro-batch. `since`: when the first request of the stage came."""
+    """All members' requests for one micro-batch. `since`: when the first request of the stage came; `times`: how long
+    after it each of them.
+    """
 
     number: int
     stage: Literal["forward", "forwarding", "backward", "backwarding", "done"] = "forward"
     forwards: dict[bytes, Ticket] = field(default_factory=dict)
     gradients: dict[bytes, Ticket] = field(default_factory=dict)
     since: float | None = None
+    times: list[float] = field(default_factory=list)
 
     def collected(self) -> dict[bytes, Ticket] | None:
         """Where the requests go that the stage waits for."""
         return {"forward": self.forwards, "backward": self.gradients}.get(self.stage)
 
 
+@dataclass(frozen=True)
+class Collection:
+    """Requests of a kind that come in: since when, from whom not yet, and the members' times."""
+
+    kind: Kind
+    since: float
+    missing: list[bytes]
+    times: list[float]
+
+
 class Lockstep(Rounds):
     def __init__(
-        self, plan: Plan, round: int = 0, sums: Sums | None = None, bound: frozenset[str] = frozenset()
+        self,
+        plan: Plan,
+        round: int = 0,
+        known: Iterable[str] = (),
+        sums: Sums | None = None,
+        bound: frozenset[str] = frozenset(),
     ) -> None:
-        super().__init__(plan, round, sums, bound)
+        super().__init__(plan, round, known, sums, bound)
         self.step = 0
         self.cohorts: list[Cohort] = []
         self.numbered = 0
@@ -79,6 +99,7 @@ class Lockstep(Rounds):
     def _arrived(self, cohort: Cohort, now: float) -> list[Instruction]:
         if cohort.since is None:
             cohort.since = now
+        cohort.times.append(now - cohort.since)
         return self._start(now)
 
     def _next(self, now: float) -> list[Instruction]:
@@ -88,18 +109,29 @@ class Lockstep(Rounds):
             if cohort.stage == "forward":
                 if not self._complete(cohort):
                     break
-                cohort.stage, cohort.since = "forwarding", None
+                self._collected(cohort)
+                cohort.stage = "forwarding"
                 works.append(RunForward(cohort.number, in_order(cohort.forwards.values())))
         for place, cohort in enumerate(self.cohorts):
             if cohort.stage in ("backwarding", "done"):
                 continue
             if cohort.stage != "backward" or not self._complete(cohort):
                 break
-            cohort.stage, cohort.since = "backwarding", None
+            self._collected(cohort)
+            cohort.stage = "backwarding"
             steps = 1.0 if place == len(self.cohorts) - 1 else None
             forwards = in_order(cohort.forwards.values())
             works.append(RunBackward(cohort.number, forwards, dict(cohort.gradients), steps))
         return works
+
+    def _collected(self, cohort: Cohort) -> None:
+        self.deadlines.record(self._kind(cohort), cohort.times)
+        cohort.since, cohort.times = None, []
+
+    def _kind(self, cohort: Cohort) -> Kind:
+        if cohort.stage == "backward":
+            return "backward"
+        return "first" if self.step == 0 else "forward"
 
     def _complete(self, cohort: Cohort) -> bool:
         collected = cohort.collected()
@@ -119,24 +151,31 @@ class Lockstep(Rounds):
             self._new_step()
 
     def _late(self, now: float) -> list[bytes]:
-        missing: list[bytes] = []
-        for since, collected in self._collections():
-            if now - since >= self.plan.deadline_s:
-                missing += [session for session in self.active if session not in collected]
-        return missing
+        late: list[bytes] = []
+        for collection in self._collections():
+            if now - collection.since >= self.deadlines.of(collection.kind):
+                late += collection.missing
+                self.deadlines.give_up(
+                    collection.kind, collection.times, now - collection.since, len(collection.missing)
+                )
+        return late
 
     def _due(self) -> list[float]:
-        return [since + self.plan.deadline_s for since, _ in self._collections()]
+        return [collection.since + self.deadlines.of(collection.kind) for collection in self._collections()]
 
-    def _collections(self) -> list[tuple[float, dict[bytes, Ticket]]]:
-        """What is being collected and lacks somebody, and since when."""
-        open_ = [(cohort.since, cohort.collected()) for cohort in self.cohorts]
-        open_.append((self.updating_since, self.updates))
-        return [
-            (since, collected)
-            for since, collected in open_
-            if since is not None and collected is not None and not self.active.keys() <= collected.keys()
-        ]
+    def _collections(self) -> list[Collection]:
+        """What is being collected and lacks somebody."""
+        found = []
+        for cohort in self.cohorts:
+            collected = cohort.collected()
+            if cohort.since is not None and collected is not None and (missing := self._lacks(collected)):
+                found.append(Collection(self._kind(cohort), cohort.since, missing, cohort.times))
+        if self.updating_since is not None and (missing := self._lacks(self.updates)):
+            found.append(Collection(self._collecting, self.updating_since, missing, self.update_times))
+        return found
+
+    def _lacks(self, collected: dict[bytes, Ticket]) -> list[bytes]:
+        return [session for session in self.active if session not in collected]
 
     def _has_trained(self, session: bytes) -> bool:
         return self.step == self.plan.local_steps

@@ -1,6 +1,6 @@
 """Plain FedAvg (McMahan et al., arXiv 1602.05629, algorithm 1): members train by themselves, updates alone come here.
 
-A round is its members' updates: the last of them is waited for from the first on, until the job's deadline.
+A round is its members' updates: the last of them is waited for from the first on, until the deadline.
 """
 
 from worker_server.rounds import Rounds
@@ -26,13 +26,17 @@ class PlainFedavg(Rounds):
         raise AssertionError("there are no backwards")
 
     def _late(self, now: float) -> list[bytes]:
-        if any(now >= due for due in self._due()):
-            return [session for session in self.active if session not in self.updates]
-        return []
+        if self.updating_since is None or not any(now >= due for due in self._due()):
+            return []
+        missing = [session for session in self.active if session not in self.updates]
+        self.deadlines.give_up(self._collecting, self.update_times, now - self.updating_since, len(missing))
+        return missing
 
     def _due(self) -> list[float]:
         since = self.updating_since
-        return [] if since is None or self.active.keys() <= self.updates.keys() else [since + self.plan.deadline_s]
+        if since is None or self.active.keys() <= self.updates.keys():
+            return []
+        return [since + self.deadlines.of(self._collecting)]
 
     def _has_trained(self, session: bytes) -> bool:
         return True

@@ -30,7 +30,8 @@ class Progress:
     """`round` completed rounds; `averages` of the clients' parts by global name (empty before the first).
 
     `initial`: what those begin with; `aggregator`: the state of its method of aggregation. `kept_at`: when
-    (monotonic) the checkpoint of that round was written or read.
+    (monotonic) the checkpoint of that round was written or read. `clients`: those from whom the next round is drawn,
+    where it is (cohort.sampled).
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Progress:
     initial: Callable[[], dict[str, Tensor]] = dict
     aggregator: Mapping[str, Tensor] = field(default_factory=dict)
     kept_at: float | None = None
+    clients: tuple[str, ...] = ()
 
     @property
     def checkpoint(self) -> Path:
@@ -73,6 +75,7 @@ class Progress:
         self.averages = averages
         self.aggregator = {n.removeprefix("aggregator/"): t for n, t in tensors.items() if n.startswith("aggregator/")}
         self.trunk.take_residuals(self.aggregator)
+        self.clients = tuple(facts.get("clients", ()))
         self.round = number
         self.kept_at = time.monotonic()
 
@@ -123,6 +126,7 @@ class Progress:
             "job": self.job.digest().hex(),
             "model": vars(self.fingerprint),
             "steps": self.trunk.steps,
+            "clients": self.clients,
         }
         path = state_files.save(self.folder, self.round, tensors, facts, keep=KEPT_CHECKPOINTS)
         self.kept_at = time.monotonic()

@@ -5,6 +5,12 @@
 The members of a round are fixed when it begins; who joins later waits for the next. A member that leaves, or keeps the
 others waiting past the deadline, is left behind: it may join again for the next round. A round with fewer members left
 than the quorum is undone (`Restore`), the others are sent back to its beginning (`Dismiss`), and it begins anew.
+
+With sampling a round takes `sampled` clients, and the others stay in the lobby. They are drawn
+(worker_server/sampling.py) from the clients that were known when the round before ended, and waited for, so that a
+round that is undone, or a server that was started again, draws the same; with a smaller quorum the draw is among those
+that are there.
+
 A member whose update is refused has done its part: the round ends without that update, the member stays. Undoing the
 round would bring the same update again.
 
@@ -23,14 +29,16 @@ not fit the state yields a `Refuse` and changes nothing.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from shared.errors import AggregationError, PeerError, ShareError
 from shared.payload.messages import Mask
 from shared.wire.envelope import Frame
+from worker_server.deadlines import Deadlines, Kind
 from worker_server.masking import RoundSum, Sums
+from worker_server.sampling import drawn
 from worker_server.work import (
     Aggregate,
     Bind,
@@ -55,7 +63,8 @@ class Plan:
 
     `quorum`: with fewer members than that (0: than one) no round begins or goes on. `replicated`: this is one of
     several servers, none of which begins before all have their clients. `micro_batches` a step, of which a client may
-    have `in_flight` under way; `patience_s` is greedy's.
+    have `in_flight` under way; `patience_s` is greedy's. `sampled`: how many clients a round takes, None for all, drawn
+    from `seed`; `deadline_mads`: how deadlines adapt (worker_server/deadlines.py), None if they do not.
     """
 
     clients: int
@@ -69,6 +78,9 @@ class Plan:
     in_flight: int = 1
     patience_s: float = 1.0
     max_batch_tokens: int = 2**24
+    sampled: int | None = None
+    seed: int = 0
+    deadline_mads: float | None = None
 
     @property
     def needed(self) -> int:
@@ -76,13 +88,18 @@ class Plan:
 
 
 class Rounds(ABC):
-    """`plan.clients` start the job; at `round` a resumed one continues.
+    """`plan.clients` start the job; at `round` a resumed one continues, with the clients `known` to it by then.
 
     `sums`: where updates are masked. `bound`: whose sum `round` is, if members were asked to unmask it before.
     """
 
     def __init__(
-        self, plan: Plan, round: int = 0, sums: Sums | None = None, bound: frozenset[str] = frozenset()
+        self,
+        plan: Plan,
+        round: int = 0,
+        known: Iterable[str] = (),
+        sums: Sums | None = None,
+        bound: frozenset[str] = frozenset(),
     ) -> None:
         self.plan = plan
         self.sums = sums
@@ -90,6 +107,7 @@ class Rounds(ABC):
         self.bound = bound
         self.barred: set[str] = set()
         self.round = round
+        self.known = frozenset(known)
         self.stage: Stage = "finished" if round >= plan.rounds else "waiting"
         self.started = False
         self.held = plan.replicated
@@ -98,6 +116,8 @@ class Rounds(ABC):
         self.updates: dict[bytes, Ticket] = {}
         self.last_members: frozenset[str] = frozenset()
         self.updating_since: float | None = None
+        self.update_times: list[float] = []
+        self.deadlines = Deadlines(plan.deadline_s, plan.deadline_mads)
         self.works = 0
 
     # What the kinds of training add
@@ -164,7 +184,7 @@ class Rounds(ABC):
             return [refuse(ticket, "masked", "the updates of this job are masked (aggregation.secure)")]
         if ticket.session in self.updates:
             return [refuse(ticket, "repeated", "this round's update came already")]
-        return self._collected(ticket, now)
+        return self._took(ticket, now)
 
     def mask(self, ticket: Ticket, message: Mask, frames: Sequence[Frame], now: float) -> list[Instruction]:
         """A member's next step in the round's masked sum. One that breaks its rules is refused, and changes nothing."""
@@ -177,7 +197,7 @@ class Rounds(ABC):
             self.sum.take(ticket.client, message, frames)
         except PeerError as error:
             return [refuse(ticket, error.code, error.message)]
-        return self._collected(ticket, now)
+        return self._took(ticket, now)
 
     def left(self, session: bytes, now: float) -> list[Instruction]:
         """The session has ended."""
@@ -196,11 +216,32 @@ class Rounds(ABC):
             return 0
         if self.bound:
             return len(self.bound - {ticket.client for ticket in self.lobby.values()})
-        return max(0, (self.plan.needed if self.started else self.plan.clients) - len(self.lobby))
+        if not self.started and len(self.lobby) < self.plan.clients:
+            return self.plan.clients - len(self.lobby)
+        return max(0, self.plan.needed - len(self._drawn()))
+
+    @property
+    def awaited(self) -> list[str]:
+        """Clients for whom the round waits: no others will do."""
+        if self.stage != "waiting":
+            return []
+        here = {ticket.client for ticket in self.lobby.values()}
+        if self.bound:
+            return sorted(self.bound - here)
+        if not self.started or self.plan.sampled is None:
+            return []
+        return sorted(client for client in self._draw(here) if client not in here)
 
     def all_have_their_clients(self) -> list[Instruction]:
         """Every replica may begin."""
         self.held = False
+        return self._begin_round() if self.stage == "waiting" else []
+
+    def only(self, admitted: frozenset[str]) -> list[Instruction]:
+        """Who is not among `admitted` will not come (back): nobody waits for him if he was drawn."""
+        if self.known <= admitted:
+            return []
+        self.known &= admitted
         return self._begin_round() if self.stage == "waiting" else []
 
     def ended_elsewhere(self) -> list[Instruction]:
@@ -224,7 +265,7 @@ class Rounds(ABC):
 
     def aggregation_done(self, failure: AggregationError | None = None) -> list[Instruction]:
         """`failure`: why there was no sum, if it could not be unmasked: nobody's update counted."""
-        self.last_members = frozenset(ticket.client for ticket in self.updates.values())
+        self.last_members = self.known | {ticket.client for ticket in self.updates.values()}
         if failure is None:
             return self._next_round([])
         named = self._bar(failure)
@@ -239,14 +280,16 @@ class Rounds(ABC):
     def _next_round(self, said: list[Instruction]) -> list[Instruction]:
         self.round += 1
         answers = [t for s, t in self.updates.items() if s in self.active]
-        self.active, self.updates, self.updating_since = {}, {}, None
+        self.active = {}
+        self._forget_updates()
         self.sum, self.bound = None, frozenset()
         if self.round >= self.plan.rounds:
             self.stage = "finished"
             answers += self.lobby.values()
             self.lobby = {}
             return [*said, Finish(in_order(answers))]
-        self.lobby.update({t.session: t for t in answers})
+        # Who is not drawn waits, and his update must not.
+        self.lobby.update({t.session: replace(t, payload=None) for t in answers})
         self.stage = "waiting"
         return [*said, *self._begin_round()]
 
@@ -274,20 +317,29 @@ class Rounds(ABC):
             return self._undo_round()
         return self._start(now) if self.stage == "training" else []
 
-    def _collected(self, ticket: Ticket, now: float) -> list[Instruction]:
+    def _took(self, ticket: Ticket, now: float) -> list[Instruction]:
         self.updates[ticket.session] = ticket
         if self.updating_since is None:
             self.updating_since = now
+        self.update_times.append(now - self.updating_since)
         return self._end_round()
 
     def _end_round(self) -> list[Instruction]:
         if self.stage != "training" or not self.active.keys() <= self.updates.keys():
             return []
+        self.deadlines.record(self._collecting, self.update_times)
         if self.sum is not None and not self.sum.unmasking:
             return self._next_phase(self.sum)
         self.stage = "aggregating"
         counted = (t for s, t in self.updates.items() if s in self.active and t.refused is None)
-        return [Aggregate(self.round, in_order(counted), self.sum)]
+        if self.plan.sampled is not None:
+            self.known |= {*self.active.values(), *(ticket.client for ticket in self.lobby.values())}
+        return [Aggregate(self.round, in_order(counted), tuple(sorted(self.known)), self.sum)]
+
+    @property
+    def _collecting(self) -> Kind:
+        """What `updates` holds."""
+        return "update" if self.sum is None or self.sum.phase == 0 else "mask"
 
     def _next_phase(self, sum: RoundSum) -> list[Instruction]:
         """Close this phase of the masked sum: those who are in the next are answered, the others wait for its end."""
@@ -298,12 +350,12 @@ class Rounds(ABC):
         tickets = in_order(t for s, t in self.updates.items() if s in self.active)
         answers = tuple((t, bodies[t.client]) for t in tickets if t.client in bodies and t.refused is None)
         answered = {ticket.session for ticket, _ in answers}
+        self._forget_updates()
         self.updates = {
             ticket.session: replace(ticket, refused=ticket.refused or "left out of the masked sum: too few neighbours")
             for ticket in tickets
             if ticket.session not in answered
         }
-        self.updating_since = None
         settled: list[Instruction] = []
         if sum.unmasking:
             self.bound = frozenset(sum.summed)
@@ -352,15 +404,36 @@ class Rounds(ABC):
             return []
         # Nothing ran yet, nothing to undo.
         undo: list[Instruction] = [Restore(self.round)] if self._ran() else []
-        self.updates, self.updating_since, self.sum = {}, None, None
+        self._forget_updates()
+        self.sum = None
         self.stage = "waiting"
         return [*undo, *self._begin_round()]
+
+    def _forget_updates(self) -> None:
+        self.updates, self.updating_since, self.update_times = {}, None, []
+
+    def _drawn(self) -> list[Ticket]:
+        """Those of the lobby that the round takes."""
+        here = {ticket.client: ticket for ticket in self.lobby.values()}
+        if self.bound:
+            return [ticket for client, ticket in here.items() if client in self.bound]
+        return list(here.values()) if self.plan.sampled is None else [here[c] for c in self._draw(here) if c in here]
+
+    def _draw(self, here: Collection[str]) -> list[str]:
+        """The names that the round takes, there or not."""
+        sampled = self.plan.sampled or 0
+        among = {*here} if self.plan.needed < sampled else {*self.known}
+        if len(among) < sampled:
+            among |= {*here}
+        return drawn(among, sampled, self.plan.seed, self.round)
 
     def _begin_round(self) -> list[Instruction]:
         if not self.lobby or self.held or self.missing:
             return []
         self.started = True
-        answers = in_order(t for t in self.lobby.values() if not self.bound or t.client in self.bound)
+        answers = in_order(self._drawn())
+        if self.plan.sampled is not None and not self.known:
+            self.known = frozenset(ticket.client for ticket in self.lobby.values())
         self.active = {ticket.session: ticket.client for ticket in answers}
         self.lobby = {session: ticket for session, ticket in self.lobby.items() if session not in self.active}
         self.stage = "training"

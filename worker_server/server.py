@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -135,7 +135,7 @@ class Server:
                     max_length=self.job.data.max_length,
                     update_shapes=shapes,
                 ),
-                make_rounds(self.job, progress.round, place, sums, progress.bound()),
+                make_rounds(self.job, progress.round, place, progress.clients, sums, progress.bound()),
                 Inference(self.job.cohort.max_batch_tokens),
                 StreamBook(
                     StreamLimits(
@@ -165,7 +165,7 @@ class Server:
     def _sums(self, shapes: Shapes) -> Sums | None:
         """Says how updates are masked, or why they are not. Raises JobError if there are too many values for it."""
         if self.job.secure == "off":
-            if self.job.hands_in_updates:
+            if self.job.handed_in:
                 event(logger, "updates_not_masked", level=logging.WARNING, reason=why_off(self.job))
             return None
         check_length(shapes)
@@ -193,6 +193,12 @@ class Server:
         if place.replicas > self.job.cohort.clients:
             raise JobError(f"{place.replicas} replicas for {self.job.cohort.clients} clients (cohort.clients)")
         trains_trunk = "trunk" in self.job.training.parts
+        if self.job.cohort.sampled is not None:
+            raise JobError(
+                f"cohort.sampled={self.job.cohort.sampled} draws from all clients, and each of {place.replicas} "
+                "replicas knows only its own",
+                hint="run one server, or leave cohort.sampled out",
+            )
         if self.job.aggregation.robust:
             raise JobError(
                 f"aggregation.type={self.job.aggregation.type} compares all clients' updates, and each of "
@@ -225,10 +231,14 @@ def make_rounds(
     job: Job,
     round: int,
     place: Place | None = None,
+    known: Iterable[str] = (),
     sums: Sums | None = None,
     bound: frozenset[str] = frozenset(),
 ) -> Rounds:
-    """The state machine of the job's kind of training; one of several replicas begins with its share of the clients."""
+    """The state machine of the job's kind of training; one of several replicas begins with its share of the clients.
+
+    `known`: those from whom this round is drawn, where it is. `sums`, `bound`: as Rounds has them.
+    """
     clients, quorum = job.cohort.clients, job.cohort.needed
     if place is not None:
         clients = clients // place.replicas + (place.replica < clients % place.replicas)
@@ -246,8 +256,11 @@ def make_rounds(
         in_flight=job.cohort.in_flight,
         patience_s=job.cohort.patience_s,
         max_batch_tokens=job.cohort.max_batch_tokens,
+        sampled=job.cohort.sampled,
+        seed=job.training.seed,
+        deadline_mads=job.cohort.deadline_mads,
     )
     if job.split.trunk == "client":
-        return PlainFedavg(plan, round, sums, bound)
+        return PlainFedavg(plan, round, known, sums, bound)
     kind = Lockstep if job.cohort.mode == "lockstep" else Greedy
-    return kind(plan, round, sums, bound)
+    return kind(plan, round, known, sums, bound)

@@ -121,6 +121,8 @@ class Service:
         self.stranded: set[bytes] = set()
         # Members of the last round that have not yet taken its result: they may have been killed, and come back.
         self.owed: set[str] = set()
+        # Those for whom a round waits, as the log has it.
+        self.awaited: list[str] = []
 
     def stop(self) -> None:
         """From any thread or a signal handler: finish the work at hand and return from `run()`."""
@@ -310,6 +312,12 @@ class Service:
     def _put_out_the_revoked(self, now: float) -> None:
         for session in self.sessions.revoked():
             self._end(session.id, "revoked", "the admission was taken back", now)
+        if (names := self.sessions.names()) is not None:
+            self._carry_out(self.rounds.only(names))
+        if (awaited := self.rounds.awaited) != self.awaited:
+            self.awaited = awaited
+            if awaited:
+                event(logger, "round_waits", level=logging.WARNING, round=self.rounds.round, clients=",".join(awaited))
 
     # What is done about it
 

@@ -113,6 +113,13 @@ class Sessions:
             return []
         return [s for s in self._sessions.values() if admitted.get(s.public) != s.client]
 
+    def names(self) -> frozenset[str] | None:
+        """The clients that are admitted now; None as long as the list cannot be read."""
+        try:
+            return frozenset(self.admitted().values())
+        except KeyFileError:
+            return None  # `revoked` has said so
+
     def silent(self, before: float) -> list[Session]:
         """Sessions opened before `before` from which no record has come."""
         return [s for s in self._sessions.values() if not s.confirmed and s.opened_at < before]

@@ -144,7 +144,8 @@ class Trunk:
         """The round is over: per-client adapters go on from `own`, named as `own_start`."""
         self._forget()
         if self.clients is not None:
-            self.clients.go_on_from(torch.cat([own[name].flatten() for name in self.clients.shapes]))
+            average = torch.cat([own[name].flatten() for name in self.clients.shapes])
+            self.clients.go_on_from(average, self.steps)
 
     def take_residuals(self, state: Mapping[str, Tensor]) -> None:
         """Add to the frozen weights what the aggregator's state has for them (FedEx-LoRA), and nothing else."""
@@ -197,7 +198,7 @@ class Trunk:
         if self.clients is None:
             load_trained(self.parameters, _under("trunk/", state))
         else:
-            self.clients.load_state(state)
+            self.clients.load_state(state, steps)
         self.optimizer = self._fresh_optimizer()
         self.optimizer.load_state(_under("optimizer/", state), steps)
         torch.set_rng_state(state["random/torch"])

@@ -75,11 +75,13 @@ class ReleaseStreams:
 class Aggregate:
     """Average the updates of `round` (from 0), then keep a checkpoint of `round + 1` completed rounds.
 
-    `sum`: where they are masked, what they were added to.
+    `clients`: those from whom the next round is drawn, where it is; a resumed server draws from them. `sum`: where
+    updates are masked, what they were added to.
     """
 
     round: int
     updates: tuple[Ticket, ...]
+    clients: tuple[str, ...] = ()
     sum: RoundSum | None = field(default=None, repr=False, compare=False)
 
 

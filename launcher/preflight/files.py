@@ -116,7 +116,7 @@ def check_updates(job: Job) -> Check:
     """What the server sees of the updates that clients hand in."""
     if (reason := why_off(job)) is None:
         return ok("updates", f"masked ({job.secure}): the server sees their sum alone")
-    if not job.hands_in_updates:
+    if not job.handed_in:
         return ok("updates", reason)
     return warn("updates", reason, "three clients or more, and aggregation.secure=null or secagg, hide them in a sum")
 

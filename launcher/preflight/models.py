@@ -120,7 +120,7 @@ def server_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: 
     Raises JobError.
     """
     frozen, train = (0, 0) if "trunk" in job.client_parts else count(checkpoint, job, plan, ("trunk",))
-    handed_in = count(checkpoint, job, plan, job.client_parts)[1]
+    handed_in = count(checkpoint, job, plan, job.handed_in)[1]
     averages = aggregated = handed_in * FLOAT32
     if job.cohort.adapters == "per_client":
         aggregated += train * FLOAT32

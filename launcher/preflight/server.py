@@ -49,7 +49,7 @@ class ServerPlan:
 
 def check_server_plan(plan: ServerPlan, rows: Checklist, now: datetime) -> None:
     identity, job = identity_of(rows, plan.key), job_of(rows, plan.job)
-    rows.add(check_cards("clients", plan.clients, 1 if job is None else job.cohort.needed))
+    rows.add(check_cards("clients", plan.clients, 1 if job is None else job.cohort.clients))
     rows.add(check_clock(now, [plan.key, plan.job, plan.clients, *plan.invites]))
     if job is not None:
         rows.add(check_updates(job))

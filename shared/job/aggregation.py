@@ -6,6 +6,8 @@ from pydantic import Field, field_validator
 
 from shared.job.settings import Settings
 
+PersonalPart = Literal["head", "tail"]
+
 
 class AnyAggregation(Settings):
     """What all kinds of aggregation share; each is described, with its paper, in worker_server/aggregators.
@@ -19,6 +21,9 @@ class AnyAggregation(Settings):
     `secure`: whether the server sees the sum of the clients' updates of head and tail alone (SecAgg, Bonawitz et al.,
     CCS 2017; SecAgg+, Bell et al., CCS 2020), or each of them (off). null: SecAgg wherever that hides anything, which
     takes rounds of three clients; `Job.secure` is what follows.
+    `personal`: parts that are trained and never leave their client: the tail (FedPer, Arivazhagan et al., arXiv
+    1912.00818, section 3: personalization layers over shared ones) or the head (LG-FedAvg, Liang et al., arXiv
+    2001.01523, section 3: local representations under a shared model).
     """
 
     robust: ClassVar[bool] = False
@@ -35,6 +40,8 @@ class AnyAggregation(Settings):
     def _off_is_a_word(cls, value: Any) -> Any:
         """In YAML 1.1 a bare `off` is false."""
         return "off" if value is False else value
+
+    personal: tuple[PersonalPart, ...] = ()
 
     @property
     def needs_single_updates(self) -> bool:

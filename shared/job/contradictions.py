@@ -24,8 +24,18 @@ def _cohort(job: "Job") -> Iterator[str]:
     cohort, training, method = job.cohort, job.training, job.method
     if len(set(training.parts)) != len(training.parts):
         yield "training.parts names a part twice"
-    if cohort.needed > cohort.clients:
-        yield "cohort.quorum is larger than cohort.clients: no round would ever begin"
+    if cohort.members > cohort.clients:
+        yield f"cohort.sampled={cohort.sampled} is larger than cohort.clients={cohort.clients}, with which rounds begin"
+    if cohort.needed > cohort.members:
+        drawn_from = "cohort.clients" if cohort.sampled is None else "cohort.sampled"
+        yield f"cohort.quorum is larger than {drawn_from}: no round would ever begin"
+    if cohort.deadline_mads is not None and cohort.mode == "greedy":
+        yield "cohort.deadline_mads is about steps of all members: it needs cohort.mode=lockstep"
+    if cohort.deadline_mads is not None and cohort.needed == cohort.members:
+        yield (
+            "cohort.deadline_mads leaves late members behind, and a round without one of them is undone: it needs a "
+            f"cohort.quorum of fewer than {cohort.members}"
+        )
     own = method.type in ("lora", "prefix") and "trunk" in training.parts
     if cohort.adapters == "per_client" and not own:
         yield "cohort.adapters=per_client needs method.type=lora or prefix, and trunk among training.parts"
@@ -95,12 +105,19 @@ def _aggregation(job: "Job") -> Iterator[str]:
     aggregation, members = job.aggregation, job.cohort.needed
     name = f"aggregation.type={aggregation.type}"
     per_client = job.cohort.adapters == "per_client"
-    at_clients = job.hands_in_updates
+    at_clients = bool(job.handed_in)
     shared_trunk = "trunk" in job.training.parts and "trunk" not in job.client_parts and not per_client
-    if aggregation.model_copy(update={"secure": None}) != FedAvg() and not at_clients and not per_client:
+    for part in aggregation.personal:
+        if part not in job.training.parts:
+            yield f"aggregation.personal names {part}, which is not among training.parts"
+    if len(set(aggregation.personal)) != len(aggregation.personal):
+        yield "aggregation.personal names a part twice"
+    elsewhere = {"secure": None, "personal": ()}
+    if aggregation.model_copy(update=elsewhere) != FedAvg() and not at_clients and not per_client:
         yield (
-            f"aggregation (type={aggregation.type}) has nothing to aggregate: add head or tail to training.parts, or "
-            "set cohort.adapters=per_client"
+            f"aggregation (type={aggregation.type}) has nothing to aggregate: add head or tail to training.parts"
+            f"{', take one out of aggregation.personal' if aggregation.personal else ''}, or set "
+            "cohort.adapters=per_client"
         )
     yield from _lora(job)
     if aggregation.robust and shared_trunk:
@@ -158,7 +175,7 @@ def _secure(job: "Job") -> Iterator[str]:
     see_all = "set aggregation.secure=off: the server then sees every client's update"
     if job.secure == "off":
         return
-    if not job.hands_in_updates:
+    if not job.handed_in:
         yield f"{name} has nothing to mask: training.parts={list(job.training.parts)} leaves out what clients hold"
     if needed < MIN_CLIENTS:
         yield (

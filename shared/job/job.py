@@ -42,9 +42,11 @@ class Job(Settings):
         return ("head", "trunk", "tail") if self.split.trunk == "client" else ("head", "tail")
 
     @property
-    def hands_in_updates(self) -> bool:
-        """Whether clients train anything of what they hold."""
-        return bool(set(self.client_parts) & set(self.training.parts))
+    def handed_in(self) -> tuple[TrainedPart, ...]:
+        """The parts whose updates leave the clients."""
+        return tuple(
+            part for part in self.client_parts if part in self.training.parts and part not in self.aggregation.personal
+        )
 
     @property
     def secure(self) -> Secure:

@@ -43,10 +43,14 @@ class Rounds(Settings):
 class Cohort(Settings):
     """Who steps together. Training starts with `clients` clients; a step waits `deadline_s` for the last of them.
 
+    `sampled`: a round takes so many of the clients that are known by then, drawn from training.seed; null takes all.
     `quorum`: with fewer members a round is undone, and waits for those who are missing; by default with any fewer than
-    `clients`, so that a run which lost somebody for a while ends as if it had not.
+    `sampled` or `clients`, so that a run which lost somebody for a while ends as if it had not. With a smaller one the
+    draw passes over who is not there.
     `replicas`: over how many servers the clients are spread, where updates are masked: each is summed among those of
     its server, so clients must know how few that may be.
+    `deadline_mads`: in lockstep a step waits the median and so many median absolute deviations of its members' recent
+    times, `deadline_s` at most (worker_server/deadlines.py); null waits `deadline_s`.
     `mode`: lockstep, where every step is one of all clients, exactly; or greedy, where the trunk takes what is there,
     and a cohort's backward waits `patience_s` for the last gradient. `in_flight`: how many batches (lockstep: of one
     step) a client has under way at once, to hide the network's delay.
@@ -54,19 +58,26 @@ class Cohort(Settings):
     """
 
     clients: Annotated[int, Field(ge=1, le=4096)] = 1
+    sampled: Annotated[int, Field(ge=1, le=4096)] | None = None
     quorum: Annotated[int, Field(ge=1, le=4096)] | None = None
     replicas: Annotated[int, Field(ge=1, le=1024)] = 1
     adapters: Literal["shared", "per_client"] = "shared"
     mode: Literal["lockstep", "greedy"] = "lockstep"
     in_flight: Annotated[int, Field(ge=1, le=16)] = 1
     deadline_s: Seconds = 120.0
+    deadline_mads: Annotated[float, Field(gt=0, le=1000)] | None = None
     patience_s: Seconds = 1.0
     max_batch_tokens: Annotated[int, Field(ge=1, le=2**24)] = 65_536
 
     @property
+    def members(self) -> int:
+        """How many a round has, if all are there; without sampling, more once more have joined."""
+        return self.clients if self.sampled is None else self.sampled
+
+    @property
     def needed(self) -> int:
         """The quorum."""
-        return self.clients if self.quorum is None else self.quorum
+        return self.members if self.quorum is None else self.quorum
 
 
 class Wire(Settings):

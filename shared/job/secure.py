@@ -28,7 +28,7 @@ def why_off(job: "Job") -> str | None:
     """Why this job's updates are not masked, for people; None if they are."""
     if job.aggregation.secure in ("secagg", "secagg+"):
         return None
-    if not job.hands_in_updates:
+    if not job.handed_in:
         return "nothing of head and tail is trained, so no update leaves a client"
     if job.aggregation.secure == "off":
         return "aggregation.secure=off: the server sees every client's update"

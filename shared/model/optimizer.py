@@ -41,6 +41,12 @@ class PartOptimizer:
         self._set_rates()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def move_to(self, steps: float) -> None:
+        """Be at this place of the schedule: for who sat some steps out. Moments stay."""
+        self.steps = steps
+        if self.parameters:
+            self._set_rates()
+
     def state(self) -> dict[str, Tensor]:
         """AdamW's moments and step counts (SGD has none), by `<field>/<parameter>`: plain tensors, no pickle."""
         state: dict[str, Tensor] = {}

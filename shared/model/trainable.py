@@ -1,11 +1,12 @@
 """What is trained in a part: by name, by shape, and how it is made so by the job's method (shared/model/methods)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shared.errors import JobError
 from shared.job import Job, Lora
 from shared.model.carve import Part, empty_part, load_head_and_tail, load_part, tie
 from shared.model.checkpoint import Checkpoint
@@ -34,24 +35,43 @@ def trained(parts: Iterable[Part]) -> dict[str, nn.Parameter]:
     return found
 
 
+def handed_in(parts: Collection[Part], job: Job) -> dict[str, nn.Parameter]:
+    """Of the trained parameters of a client's parts, those that it hands in and takes back averaged; in the order of
+    `trained`. Raises JobError if a tied one is personal in one part only.
+    """
+    stay, leave = (
+        {id(p) for part in parts if part.name in names for p in part.module.parameters() if p.requires_grad}
+        for names in (job.aggregation.personal, job.handed_in)
+    )
+    if stay & leave:
+        raise JobError(
+            f"aggregation.personal={list(job.aggregation.personal)}: this model's output layer is its embedding "
+            "(tie_word_embeddings), which method.type=full trains in head and tail at once: name both or neither"
+        )
+    return {name: parameter for name, parameter in trained(parts).items() if id(parameter) not in stay}
+
+
 def update_shapes(config: Any, plan: SplitPlan, job: Job) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a client trains in its parts, from the configuration alone: no weights are made."""
+    """Names and shapes of what a client hands in, from the configuration alone: no weights are made.
+
+    Raises JobError.
+    """
     parts = {name: empty_part(config, plan, name) for name in job.client_parts}
     if config.tie_word_embeddings:
         tie(parts["head"], parts["tail"])
     for part in parts.values():
         with torch.device("meta"):
             make_trainable(part, job)
-    return {name: tuple(parameter.shape) for name, parameter in trained(parts.values()).items()}
+    return {name: tuple(parameter.shape) for name, parameter in handed_in(parts.values(), job).items()}
 
 
 def initial_values(checkpoint: Checkpoint, plan: SplitPlan, job: Job) -> dict[str, Tensor]:
-    """What every client's parts begin with, of what is trained in them, by global name: float32.
+    """What every client's parts begin with, of what is handed in of them, by global name: float32.
 
     LoRA's follow from seed and names, and no weights are read; what else is trained needs the checkpoint. Raises
     ModelError.
     """
-    if not set(job.client_parts) & set(job.training.parts):
+    if not job.handed_in:
         return {}
     if isinstance(job.method, Lora) and not job.method.use_dora:
         return {
@@ -62,7 +82,7 @@ def initial_values(checkpoint: Checkpoint, plan: SplitPlan, job: Job) -> dict[st
     parts = [head, *([load_part(checkpoint, plan, "trunk")] if "trunk" in job.client_parts else []), tail]
     for part in parts:
         make_trainable(part, job)
-    return {name: parameter.detach() for name, parameter in trained(parts).items()}
+    return {name: parameter.detach() for name, parameter in handed_in(parts, job).items()}
 
 
 def load_trained(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:

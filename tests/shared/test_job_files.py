@@ -73,6 +73,32 @@ SEPARATE = {"training": {"parts": ["head", "tail"]}}
 
 
 @pytest.mark.parametrize(
+    ("cohort", "said"),
+    [
+        ({"clients": 3, "sampled": 4}, "cohort.sampled=4 is larger than cohort.clients=3"),
+        ({"clients": 5, "sampled": 2, "quorum": 3}, "cohort.quorum is larger than cohort.sampled"),
+        ({"clients": 2, "quorum": 3}, "cohort.quorum is larger than cohort.clients"),
+        ({"clients": 5, "deadline_mads": 4}, "needs a cohort.quorum of fewer than 5"),
+        ({"clients": 5, "sampled": 3, "quorum": 3, "deadline_mads": 4}, "needs a cohort.quorum of fewer than 3"),
+        ({"clients": 5, "quorum": 3, "deadline_mads": 4, "mode": "greedy"}, "it needs cohort.mode=lockstep"),
+        ({"clients": 5, "quorum": 3, "deadline_mads": 0}, "cohort.deadline_mads"),
+    ],
+)
+def test_rounds_that_could_not_be_are_refused_by_name(cohort: dict[str, Any], said: str) -> None:
+    with pytest.raises(JobError) as error:
+        parse_job(JOB | {"cohort": cohort}, "job.yaml")
+    assert said in error.value.message
+
+
+def test_the_quorum_is_all_whom_a_round_takes_unless_it_is_named() -> None:
+    needed = [
+        parse_job(JOB | {"cohort": cohort}, "job.yaml").cohort.needed
+        for cohort in ({"clients": 5}, {"clients": 5, "sampled": 2}, {"clients": 5, "sampled": 3, "quorum": 1})
+    ]
+    assert needed == [5, 2, 1]
+
+
+@pytest.mark.parametrize(
     ("aggregation", "change", "said"),
     [
         ({"type": "mean"}, {}, "aggregation"),
@@ -92,6 +118,15 @@ SEPARATE = {"training": {"parts": ["head", "tail"]}}
             "aggregation.max_update_norm=null",
         ),
         ({"type": "fedavg", "proximal_mu": 0.1}, {"training": {"parts": ["trunk"]}}, "has nothing to aggregate"),
+        (
+            {"type": "fedavg", "personal": ["tail"]},
+            {"training": {"parts": ["head"]}},
+            "aggregation.personal names tail, which is not among training.parts",
+        ),
+        ({"type": "fedavg", "personal": ["head", "head"]}, {}, "aggregation.personal names a part twice"),
+        ({"type": "fedavg", "personal": ["trunk"]}, {}, "aggregation.fedavg.personal"),
+        ({"type": "fedadam", "personal": ["head", "tail"]}, {}, "take one out of aggregation.personal"),
+        ({"type": "median"}, {"cohort": {"clients": 5, "sampled": 2}, **SEPARATE}, "needs rounds of 3 clients"),
         (
             {"type": "multi_krum", "byzantine": 2},
             {"cohort": {"clients": 7, "quorum": 6}, **SEPARATE},

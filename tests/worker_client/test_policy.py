@@ -9,7 +9,7 @@ import pytest
 from shared.errors import JobError, Refused
 from shared.identity import key_digest
 from shared.invitations import BrokerAt, Invitation
-from shared.job import Job, Rounds, Split, Training
+from shared.job import FedAvg, Job, Rounds, Split, Training
 from worker_client.policy import Policy, check_job, check_server, load_policy
 
 JOB = Job(
@@ -50,6 +50,10 @@ def test_a_job_that_asks_for_more_is_refused_by_name(policy: dict[str, Any], ref
 def test_a_job_that_shares_no_updates_passes() -> None:
     trunk = JOB.model_copy(update={"training": Training(parts=("trunk",))})
     check_job(Policy(share_updates=False), trunk)
+    personal = JOB.model_copy(update={"aggregation": FedAvg(personal=("head", "tail"))})
+    check_job(Policy(share_updates=False), personal)
+    with pytest.raises(Refused, match="hands out updates of head, and"):
+        check_job(Policy(share_updates=False), JOB.model_copy(update={"aggregation": FedAvg(personal=("tail",))}))
 
 
 @pytest.mark.parametrize("known", [SERVER.hex(), key_digest(SERVER).hex()])

@@ -117,7 +117,7 @@ def done(rounds: Rounds, work: Work, now: float) -> list[Instruction]:
     return []
 
 
-def plan(micro_batches: int = 1, in_flight: int = 1) -> Plan:
+def plan(micro_batches: int = 1, in_flight: int = 1, sampled: int | None = None) -> Plan:
     return Plan(
         clients=2,
         rounds=3,
@@ -126,6 +126,7 @@ def plan(micro_batches: int = 1, in_flight: int = 1) -> Plan:
         micro_batches=micro_batches,
         in_flight=in_flight,
         patience_s=2,
+        sampled=sampled,
     )
 
 
@@ -139,10 +140,16 @@ class GreedyHistories(Histories):
         super().__init__(Greedy(plan(in_flight=2)))
 
 
-for machine in (LockstepHistories, GreedyHistories):
+class SampledHistories(Histories):
+    def __init__(self) -> None:
+        super().__init__(Lockstep(plan(micro_batches=2, in_flight=2, sampled=1)))
+
+
+for machine in (LockstepHistories, GreedyHistories, SampledHistories):
     machine.TestCase.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
 TestLockstep = LockstepHistories.TestCase
 TestGreedy = GreedyHistories.TestCase
+TestSampled = SampledHistories.TestCase
 
 
 class Client:
@@ -183,11 +190,12 @@ class Client:
 
 
 @pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("sampled", [None, 1])
 @pytest.mark.parametrize("greedy", [False, True])
-def test_clients_that_go_on_come_to_the_end(greedy: bool, seed: int) -> None:
+def test_clients_that_go_on_come_to_the_end(greedy: bool, sampled: int | None, seed: int) -> None:
     """Whoever is fast, whoever leaves and comes back: all steps of every round are done, each once."""
     random.seed(seed)
-    its_plan = plan(in_flight=2) if greedy else plan(micro_batches=3, in_flight=2)
+    its_plan = plan(1 if greedy else 3, in_flight=2, sampled=sampled)
     rounds: Rounds = Greedy(its_plan) if greedy else Lockstep(its_plan)
     clients = {session: Client(session, its_plan) for session in SESSIONS}
     queue: list[Work] = []

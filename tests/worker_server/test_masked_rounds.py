@@ -80,7 +80,7 @@ class Play:
     ended: list[Aggregate] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        rounds = make_rounds(self.job, 0, None, Sums(self.job, SHAPES))
+        rounds = make_rounds(self.job, 0, sums=Sums(self.job, SHAPES))
         assert isinstance(rounds, PlainFedavg)
         self.rounds = rounds
         self.members = {n: Member(n, 0.25 * place, place) for place, n in enumerate(NAMES, 1)}
@@ -270,7 +270,7 @@ def test_once_asked_to_unmask_a_round_is_only_done_again_among_the_same() -> Non
 
 def test_a_server_that_was_killed_while_it_unmasked_waits_for_the_same_members() -> None:
     job = job_of(clients=4, quorum=3)
-    rounds = make_rounds(job, 0, None, Sums(job, SHAPES), frozenset(NAMES[:3]))
+    rounds = make_rounds(job, 0, sums=Sums(job, SHAPES), bound=frozenset(NAMES[:3]))
     tickets = [Ticket(name.encode(), name, 1, None, public=KEYS[name].public) for name in NAMES]
     assert [rounds.joined(ticket, 0) for ticket in (tickets[3], tickets[0], tickets[1])] == [[], [], []]
     [start] = rounds.joined(tickets[2], 0)
