@@ -36,6 +36,11 @@ def _cohort(job: "Job") -> Iterator[str]:
             "cohort.deadline_mads leaves late members behind, and a round without one of them is undone: it needs a "
             f"cohort.quorum of fewer than {cohort.members}"
         )
+    if cohort.sampled is not None and cohort.replicas > 1:
+        yield (
+            f"cohort.sampled={cohort.sampled} draws from all clients, and each of cohort.replicas={cohort.replicas} "
+            "servers knows only its own"
+        )
     own = method.type in ("lora", "prefix") and "trunk" in training.parts
     if cohort.adapters == "per_client" and not own:
         yield "cohort.adapters=per_client needs method.type=lora or prefix, and trunk among training.parts"
@@ -171,6 +176,7 @@ def _scaffold(job: "Job") -> Iterator[str]:
 
 def _secure(job: "Job") -> Iterator[str]:
     aggregation, clients, needed = job.aggregation, job.cohort.clients, job.cohort.needed
+    members = job.cohort.members
     name = f"aggregation.secure={job.secure}"
     see_all = "set aggregation.secure=off: the server then sees every client's update"
     if job.secure == "off":
@@ -191,11 +197,11 @@ def _secure(job: "Job") -> Iterator[str]:
             f"one {share} of cohort.clients={clients}, and {MIN_CLIENTS} are due: run fewer, or {see_all}"
         )
         return
-    neighbours, threshold = neighbourhood(job, clients)
-    if job.cohort.replicas == 1 and neighbours == clients - 1 and needed <= threshold:
+    neighbours, threshold = neighbourhood(job, members)
+    if job.cohort.replicas == 1 and neighbours == members - 1 and needed <= threshold:
         yield (
-            f"cohort.quorum={needed} of cohort.clients={clients} is too few for {name}, where more than half of a "
-            f"client's neighbours must help to unmask: set it to {least_quorum(clients)} at least, or {see_all}"
+            f"cohort.quorum={needed} of rounds of {members} clients is too few for {name}, where more than half of a "
+            f"client's neighbours must help to unmask: set it to {least_quorum(members)} at least, or {see_all}"
         )
 
 
