@@ -1,6 +1,7 @@
 """Clients that mean harm, for benchmarks and tests: their rows, or their updates, are not what they should be.
 
-They are real clients of a real server otherwise: what they change goes through the same links, seals and checks.
+They are real clients of a real server otherwise: what they change goes through the same links, seals and checks. Their
+updates are in the clear, in jobs with `aggregation.secure: off`: of masked ones nobody could tell.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping

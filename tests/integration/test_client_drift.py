@@ -197,7 +197,7 @@ def test_scaffold_killed_and_resumed_ends_bit_equal(model: Path, tmp_path: Path)
 
 def test_a_client_whose_update_was_refused_keeps_the_control_that_the_server_knows(model: Path, tmp_path: Path) -> None:
     bad = Tampering(lambda before, after: torch.full_like(after, float("nan")))
-    train_in_process(job_of(model, SCAFFOLD, **SGD), sites(c=bad), tmp_path)
+    train_in_process(job_of(model, SCAFFOLD | {"secure": "off"}, **SGD), sites(c=bad), tmp_path)
     kept, _ = state_files.load(tmp_path / "c", ROUNDS)
     assert not any(name.startswith("control/") for name in kept)
     counted, _ = state_files.load(tmp_path / "a", ROUNDS)

@@ -69,9 +69,11 @@ def test_a_run_ends_with_the_trained_parts_on_disk(running: Serving, data: Path,
     running.service.join()
 
     assert [event["event"] for event in events] == [
-        "data", "round", "evaluation", "step", "step", "evaluation", "finished",
+        "data", "updates", "round", "evaluation", "step", "step", "evaluation", "finished",
     ]  # fmt: skip
     assert (events[0]["rows"], events[0]["validation_rows"], events[0]["total_steps"]) == (8, 2, 2)
+    assert (events[1]["handed_in"], events[1]["secure"]) == (True, "off")
+    assert "a sum of fewer than 3 hides nothing" in events[1]["why_off"]
     assert result.score is not None
     assert result.score.rows == 2
     assert result.score.loss == events[-2]["loss"]
