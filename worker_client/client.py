@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from worker_client.head_tail import NO_SCORE, HeadTail, Score, load_client_parts
 from worker_client.link import Link
 from worker_client.local_trunk import trunk_of
 from worker_client.policy import Policy, check_job, check_server
+from worker_client.privacy.ledger import Ledger, Spent, default_path, digest_of
+from worker_client.privacy.protection import Protection
 from worker_client.steps import Report
 from worker_client.training import Training
 from worker_client.way import Way
@@ -42,7 +44,7 @@ class ClientSettings:
 
     `model`: this site's copy of the model, if it is not where the job says. `validation_fraction` of the rows are held
     out unless `validation` names a file of its own. `policy`: what this site accepts. `reconnect_s`: how long to try to
-    get back when a connection broke.
+    get back when a connection broke. `privacy_ledger`: where what jobs spend is kept, by default beside the rows.
     """
 
     data: Path
@@ -54,15 +56,19 @@ class ClientSettings:
     connect_timeout_s: float = 30.0
     reconnect_s: float = 600.0
     policy: Policy = ACCEPT_ALL
+    privacy_ledger: Path | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """The joint model's score on this client's validation rows; body bytes sent and received."""
+    """The joint model's score on this client's validation rows; body bytes sent and received; what a private job cost
+    of the rows' privacy.
+    """
 
     score: Score | None
     bytes_up: int
     bytes_down: int
+    privacy: Spent | None = None
 
 
 def run_client(
@@ -94,11 +100,12 @@ def run_client(
             with way.link() as link:
                 site = site or _prepare(settings, invitation, link, report)
                 score = site.train(link, settings.out, heard)
-                _write_result(settings.out, site.job, site.parts, score)
+                privacy = None if site.ledger is None else site.ledger.spent(site.job)
+                _write_result(settings.out, site.job, site.parts, score, privacy)
                 break
         except ConnectionFailed as error:
             way.broke(error, once_there=site is not None)
-    return Result(score, way.bytes_up, way.bytes_down)
+    return Result(score, way.bytes_up, way.bytes_down, privacy)
 
 
 @dataclass(frozen=True)
@@ -109,12 +116,14 @@ class Site:
     parts: HeadTail
     rows: tuple[Row, ...]
     validation: tuple[Row, ...]
+    ledger: Ledger | None = None
 
     def train(self, link: Link, out: Path, report: Report) -> Score | None:
         """Through one link, from the newest checkpoint in `out` to the end of the job."""
         timeout_s = max(self.job.cohort.deadline_s, WAIT_FOR_ROUND_S) + GRACE_S
         trunk = trunk_of(link, self.job, self.parts, timeout_s)
-        return Training(self.job, self.parts, trunk, self.rows, self.validation, out, report).run()
+        protection = None if self.ledger is None else Protection(self.job, self.ledger, report)
+        return Training(self.job, self.parts, trunk, self.rows, self.validation, out, report, protection).run()
 
 
 def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, report: Report) -> Site:
@@ -136,7 +145,15 @@ def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, repor
             "total_steps": job.total_steps,
         }
     )
-    return Site(job, load_client_parts(checkpoint, job), rows, validation)
+    return Site(job, load_client_parts(checkpoint, job), rows, validation, ledger_of(settings, job))
+
+
+def ledger_of(settings: ClientSettings, job: Job) -> Ledger | None:
+    """What a private job is paid from; None for any other."""
+    if job.privacy.type == "none":
+        return None
+    path = settings.privacy_ledger or default_path(settings.data)
+    return Ledger(path, digest_of(settings.data), settings.policy.max_epsilon, settings.policy.max_delta)
 
 
 def agreed_job(welcome: Welcome, invitation: Invitation) -> Job:
@@ -196,9 +213,9 @@ def finished_before(out: Path, invitation: Invitation) -> Score | None:
         return None
 
 
-def _write_result(out: Path, job: Job, parts: HeadTail, score: Score | None) -> None:
+def _write_result(out: Path, job: Job, parts: HeadTail, score: Score | None, privacy: Spent | None = None) -> None:
     """`trained.safetensors`: what was trained in head and tail, by name in the whole model, and what was added to
-    frozen weights, (out, in), as `residual/<module>.weight`; `flglm.json`: the job.
+    frozen weights, (out, in), as `residual/<module>.weight`; `flglm.json`: the job, and what it cost of privacy.
 
     Raises CheckpointError if the disk refuses.
     """
@@ -208,6 +225,7 @@ def _write_result(out: Path, job: Job, parts: HeadTail, score: Score | None) -> 
         "job": job.model_dump(mode="json"),
         "job_digest": job.digest().hex(),
         "score": None if score is None else vars(score),
+        **({} if privacy is None else {"privacy": asdict(privacy)}),
     }
     draft = out / f".{RESULT}.draft"
     with state_files.writing(out):

@@ -1,14 +1,16 @@
 """What a data owner accepts, in a file of its own. A job that asks for more is refused before any data is read."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shared.errors import Refused
 from shared.identity import key_digest
 from shared.invitations import Invitation
-from shared.job import Job, MethodName
+from shared.job import GaussianPrivacy, Job, MethodName, Privacy
+from shared.job.privacy import Delta
 from shared.key_files import Hex32
 from shared.yaml_files import read_mapping, validated
 
@@ -20,7 +22,8 @@ class Policy(BaseModel):
     """Nothing is limited that is not named.
 
     `max_rows`: over the whole job, a row that is trained on again counted again. `servers`: public keys, or their
-    SHA-256, in hexadecimal. `least_noise`: a job's noise multiplier; jobs have none yet, so more than 0 refuses all.
+    SHA-256, in hexadecimal. `least_noise`: a job's privacy.noise_multiplier; more than 0 refuses jobs without privacy.
+    `max_epsilon` at `max_delta`: what all jobs together may spend of the rows' privacy.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,8 +35,16 @@ class Policy(BaseModel):
     max_rows: Count | None = None
     max_rounds: Count | None = None
     least_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_delta: Delta | None = None
     share_updates: bool = True
     """False: the head's and the tail's updates stay here, so jobs may train the trunk alone."""
+
+    @model_validator(mode="after")
+    def _epsilon_at_a_delta(self) -> "Policy":
+        if self.max_epsilon is not None and self.max_delta is None:
+            raise ValueError("max_epsilon is an epsilon at some delta: it needs max_delta")
+        return self
 
 
 def load_policy(path: Path) -> Policy:
@@ -63,13 +74,29 @@ def check_job(policy: Policy, job: Job) -> None:
          f"rounds.count={job.rounds.count} is more than max_rounds={policy.max_rounds}"),
         (policy.max_rows is not None and rows > policy.max_rows,
          f"it trains on {rows} rows (rounds.count x rounds.local_steps x batch), more than max_rows={policy.max_rows}"),
-        (policy.least_noise > 0, f"it adds no noise, and least_noise={policy.least_noise:g}"),
+        *_privacy_limits(policy, job.privacy),
         (not policy.share_updates and bool(set(job.client_parts) & set(job.training.parts)),
          f"training.parts={list(job.training.parts)} hands out updates of {held}, and share_updates is false"),
     )  # fmt: skip
     for exceeded, reason in limits:
         if exceeded:
             raise _refused(reason)
+
+
+def _privacy_limits(policy: Policy, privacy: Privacy) -> Iterator[tuple[bool, str]]:
+    if not isinstance(privacy, GaussianPrivacy):
+        yield policy.least_noise > 0, f"it adds no noise, and least_noise={policy.least_noise:g}"
+        yield policy.max_delta is not None, "it adds no noise: nothing bounds its epsilon, and max_delta is set"
+        return
+    multiplier, delta = privacy.noise_multiplier, privacy.delta
+    yield (
+        multiplier < policy.least_noise,
+        f"privacy.noise_multiplier={multiplier:g} is less than least_noise={policy.least_noise:g}",
+    )
+    yield (
+        policy.max_delta is not None and delta > policy.max_delta,
+        f"privacy.delta={delta:g} is more than max_delta={policy.max_delta or 0:g}",
+    )
 
 
 def _refused(reason: str) -> Refused:

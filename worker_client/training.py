@@ -10,23 +10,29 @@ from torch import Tensor
 
 from shared import state_files
 from shared.errors import CheckpointError, TensorError
-from shared.job import Job
+from shared.job import CentralPrivacy, Job
 from shared.model.optimizer import PartOptimizer
 from shared.model.trainable import load_trained
 from worker_client.batches import pack_rows
 from worker_client.data import Row
 from worker_client.drift import begin, next_control
 from worker_client.head_tail import NO_SCORE, HeadTail, Score
+from worker_client.privacy.protection import Protection
 from worker_client.remote_trunk import Boundary, RemoteTrunk
 from worker_client.steps import Report, Steps
 
 # A server killed while it averaged begins its last round anew; one with a corrupt last checkpoint, the round before.
 KEPT_CHECKPOINTS = 3
+# The difference that was handed in for the round before, in a job with privacy: this, then the tensor's name.
+HANDED_IN = "handed_in/"
 
 
 @dataclass
 class Training:
-    """One client's run. `report` gets an event a step, an evaluation and a round: plain data, never text or tokens."""
+    """One client's run. `report` gets an event a step, an evaluation and a round: plain data, never text or tokens.
+
+    `protection`: of a job with privacy, whose updates leave through it and not otherwise.
+    """
 
     job: Job
     parts: HeadTail
@@ -35,33 +41,41 @@ class Training:
     validation: Sequence[Row]
     out: Path
     report: Report
+    protection: Protection | None = None
     optimizer: PartOptimizer = field(init=False)
     completed: int = field(init=False, default=0)
     control: dict[str, Tensor] = field(init=False, default_factory=dict)
     """SCAFFOLD's control variate of this client, c_i, by name; empty before its first round, and without SCAFFOLD."""
 
     def __post_init__(self) -> None:
+        assert (self.protection is None) == (self.job.privacy.type == "none")
         self.optimizer = self._fresh_optimizer()
 
     def run(self) -> Score | None:
         """Train until the job is finished; the joint model's score on the validation rows, if there are any."""
         self._resume()
+        if self.protection is not None:
+            self.protection.resume(self.completed)
         boundary = self.trunk.join(len(self.rows))
         score: Score | None = None
         while boundary.round is not None:
             self._align(boundary.round)
             self._apply(boundary)
-            self.report({"event": "round", "round": boundary.round, "members": boundary.members})
+            spent = {} if self.protection is None else self.protection.so_far()
+            self.report({"event": "round", "round": boundary.round, "members": boundary.members, **spent})
+            if self.protection is not None:
+                self.protection.begin(self._handed_in(boundary.round), self.parts.parameters)
             if boundary.round % self.job.rounds.evaluate_every == 0:
                 score = self._evaluate(boundary.round)
             control = self.control
             weight = self._train_round(boundary)
+            update = self._trained()
+            if self.protection is not None:
+                update = self.protection.hand_in(boundary.round, update)
             self.completed = boundary.round + 1
             self._save()
-            if self.job.rounds.weighting == "rows":
-                weight = len(self.rows)
             trained = boundary.round
-            boundary = self.trunk.update(trained, weight, self._trained())
+            boundary = self.trunk.update(trained, self._weight(weight), update)
             if boundary.refused is not None:
                 self.report({"event": "update_refused", "round": trained, "reason": boundary.refused})
                 self.control = control  # the server's does not know of this round's
@@ -78,6 +92,10 @@ class Training:
         weight = steps.train_round(boundary.round)
         self.control = next_control(self.job, drift, self.parts.parameters)
         return weight
+
+    def _weight(self, target_tokens: int) -> int:
+        """What this client counts in a round's mean."""
+        return {"tokens": target_tokens, "rows": len(self.rows), "clients": 1}[self.job.rounds.weighting]
 
     def _evaluate(self, round: int) -> Score | None:
         """The joint model on the validation rows, in batches of the training size."""
@@ -160,6 +178,22 @@ class Training:
         self.completed = number
         self.report({"event": "resumed", "round": number})
 
+    def _handed_in(self, round: int) -> dict[str, Tensor]:
+        """What was kept of this job's update of `round`, if it was made before.
+
+        Nothing where central noise was seen on it: a server that asks again will draw other noise.
+        """
+        numbers = state_files.numbers(self.out)
+        seen = isinstance(self.job.privacy, CentralPrivacy) and max(numbers, default=0) > round + 1
+        if round + 1 not in numbers or seen:
+            return {}
+        try:
+            tensors, facts = state_files.load(self.out, round + 1)
+        except CheckpointError as error:
+            self._say_unreadable(round + 1, error)
+            return {}
+        return _under(HANDED_IN, tensors) if facts.get("job") == self.job.digest().hex() else {}
+
     def _say_unreadable(self, number: int, error: CheckpointError) -> None:
         self.report({"event": "checkpoint_unreadable", "number": number, "reason": error.message})
 
@@ -167,6 +201,8 @@ class Training:
         tensors = {f"trained/{name}": value for name, value in self._trained().items()}
         tensors |= {f"optimizer/{name}": value for name, value in self.optimizer.state().items()}
         tensors |= {f"control/{name}": value for name, value in self.control.items()}
+        if self.protection is not None:
+            tensors |= {HANDED_IN + name: value for name, value in self.protection.kept.items()}
         tensors["random/torch"] = torch.get_rng_state()
         facts = {"job": self.job.digest().hex(), "steps": self.optimizer.steps}
         state_files.save(self.out, self.completed, tensors, facts, keep=KEPT_CHECKPOINTS)

@@ -13,6 +13,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
+from shared.job import CentralPrivacy
 from worker_server.aggregators.method import Update
 from worker_server.progress import Progress
 from worker_server.replicas import Replicas
@@ -163,6 +164,9 @@ class Engine:
             trunk.take_round_values(self.replicas.mean(trunk.round_values(), weight))
         trunk.take_residuals(result.state)
         progress.complete_round({name: result.values[name] for name in heads_and_tails}, result.state)
+        if self.replicas is not None and isinstance(progress.job.privacy, CentralPrivacy):
+            # Nobody is told before all have kept it: a round begun again gets other noise, and would be paid for twice.
+            self.replicas.total(1)
         return result.bounded
 
 

@@ -79,6 +79,8 @@ class Intake:
                 f"a weight of {message.weight}; a round has {self.most_tokens_of_a_round} target tokens at most",
                 reason="weight",
             )
+        if message.weight != 1 and self.job.rounds.weighting == "clients":
+            raise Refused(f"a weight of {message.weight}; all clients count alike (rounds.weighting)", reason="weight")
         names = [info.name for info in message.tensors]
         if len(set(names)) != len(names) or set(names) != set(self.update_shapes):
             odd = sorted(set(names) ^ set(self.update_shapes))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from shared.job.aggregation import AnyKrum, FedAvg, Scaffold, TrimmedMean
 from shared.job.methods import Lora
+from shared.job.privacy_contradictions import privacy
 
 if TYPE_CHECKING:
     from shared.job.job import Job
@@ -150,4 +151,11 @@ def _scaffold(job: "Job") -> Iterator[str]:
         yield f"aggregation.type=scaffold needs {', '.join(missing)}"
 
 
-CHECKS: tuple[Callable[["Job"], Iterator[str]], ...] = (_cohort, _weights, _plain_fedavg, _prompt, _aggregation)
+CHECKS: tuple[Callable[["Job"], Iterator[str]], ...] = (
+    _cohort,
+    _weights,
+    _plain_fedavg,
+    _prompt,
+    _aggregation,
+    privacy,
+)
