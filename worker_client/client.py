@@ -145,15 +145,20 @@ def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, repor
             "total_steps": job.total_steps,
         }
     )
-    return Site(job, load_client_parts(checkpoint, job), rows, validation, ledger_of(settings, job))
+    return Site(
+        job,
+        load_client_parts(checkpoint, job),
+        rows,
+        validation,
+        ledger_of(settings.data, settings.privacy_ledger, settings.policy, job),
+    )
 
 
-def ledger_of(settings: ClientSettings, job: Job) -> Ledger | None:
-    """What a private job is paid from; None for any other."""
+def ledger_of(data: Path, ledger: Path | None, policy: Policy, job: Job) -> Ledger | None:
+    """What a private job on the rows of `data` is paid from; None for any other. Raises DataError."""
     if job.privacy.type == "none":
         return None
-    path = settings.privacy_ledger or default_path(settings.data)
-    return Ledger(path, digest_of(settings.data), settings.policy.max_epsilon, settings.policy.max_delta)
+    return Ledger(ledger or default_path(data), digest_of(data), policy.max_epsilon, policy.max_delta)
 
 
 def agreed_job(welcome: Welcome, invitation: Invitation) -> Job:

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from launcher.main import main
+from launcher.preflight.checks import Checklist
+from launcher.preflight.privacy import check_privacy
 from launcher.progress import ClientProgress, privacy_lines
-from shared.job import parse_job
+from shared.job import NoPrivacy, parse_job
+from worker_client.policy import Policy
 from worker_client.privacy.accounting import epsilon
 from worker_client.privacy.ledger import Ledger
 from worker_client.privacy.protection import Protection
@@ -105,3 +108,24 @@ def test_a_client_sees_what_is_covered_and_what_it_costs(
     shown = capsys.readouterr().err
     assert "4 rounds cost epsilon 8.25 at delta 1e-05" in shown
     assert "the update of round 4 is handed in again" in shown
+
+
+def test_before_training_a_ledger_is_held_against_all_rounds(ledger: Ledger, tmp_path: Path) -> None:
+    """3 of 100 rounds are paid: enough for 100 is well, for 50 a warning, for 3 a failure."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "x"}\n')
+    found = {}
+    for rounds in (100, 50, 3):
+        rows = Checklist()
+        policy = Policy(max_epsilon=epsilon([(1.1, rounds)], 1e-6) + 1e-6, max_delta=1e-6)
+        check_privacy(rows, JOB, data, None, policy)
+        found[rounds] = [str(row.status) for row in rows.rows]
+        assert str(ledger.path) in rows.rows[0].found
+    assert found == {100: ["ok"], 50: ["ok", "warn"], 3: ["fail"]}
+    for other, job, said in (
+        (data, JOB.model_copy(update={"privacy": NoPrivacy()}), []),
+        (tmp_path / "none.jsonl", JOB, ["fail"]),
+    ):
+        rows = Checklist()
+        check_privacy(rows, job, other, None, Policy())
+        assert [str(row.status) for row in rows.rows] == said

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from shared.errors import LedgerError, Refused
+from shared.errors import DataError, LedgerError, Refused
 from shared.job import GaussianPrivacy, Job
 from shared.job.privacy import Delta, NoiseMultiplier
 from shared.key_files import Hex32
@@ -150,9 +150,12 @@ def read_entries(path: Path) -> list[Entry]:
 
 
 def digest_of(data: Path) -> str:
-    """SHA-256 of a file of rows, in hexadecimal. Raises OSError."""
-    with data.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file of rows, in hexadecimal. Raises DataError."""
+    try:
+        with data.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{data}: {error.strerror}") from None
 
 
 def _charged(entries: Sequence[Entry], job: Job, data: str) -> list[Entry]:
