@@ -1,6 +1,7 @@
 """Differential privacy in whole runs: what travels, what all go on from, what it costs, and that nobody pays twice."""
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -215,6 +216,18 @@ def test_asked_for_the_same_round_again_the_same_update_leaves_and_costs_nothing
     for name in "ab":
         (entry,) = read_entries(tmp_path / f"{name}{SUFFIX}")
         assert entry.rounds == 2
+
+
+@pytest.mark.parametrize(("type", "paid"), [("central", 6), ("local", 5)])
+def test_a_job_that_begins_anew_draws_other_noise_which_costs_again(
+    type: str, paid: int, model: Path, tmp_path: Path
+) -> None:
+    """The server's state is gone, the clients' is not: under local noise the first update is the one that they have."""
+    job = job_of(model, {"type": type}, rounds=3, cohort={"clients": 1})
+    for _ in range(2):
+        train_in_process(job, {"a": Site(random_rows(8, 0))}, tmp_path)
+        shutil.rmtree(tmp_path / "server-state")
+    assert [entry.rounds for entry in read_entries(tmp_path / f"a{SUFFIX}")] == [paid]
 
 
 def _updates(running: Serving) -> list[str]:
