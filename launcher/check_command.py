@@ -21,6 +21,7 @@ from rich.text import Text
 from launcher.client_options import (
     DataOption,
     InviteOption,
+    LedgerOption,
     ModelOption,
     PolicyOption,
     ValidationFractionOption,
@@ -121,6 +122,7 @@ def check_client(
     validation_fraction: ValidationFractionOption = 0.1,
     model: ModelOption = None,
     policy: PolicyOption = None,
+    privacy_ledger: LedgerOption = None,
     job: Annotated[
         Path | None, typer.Option("--job", help="a copy of the job file, for when the server is not there yet")
     ] = None,
@@ -140,6 +142,7 @@ def check_client(
         validation_fraction=validation_fraction,
         model=model,
         policy=policy,
+        privacy_ledger=privacy_ledger,
         job=job,
         digest=digest,
         timeout_s=connect_timeout,

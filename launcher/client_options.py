@@ -10,6 +10,9 @@ DataOption = Annotated[Path, typer.Option("--data", help="private rows: JSONL, .
 ValidationOption = Annotated[Path | None, typer.Option("--validation", help="rows to measure on, likewise")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="this site's copy of the job's model")]
 PolicyOption = Annotated[Path | None, typer.Option("--policy", help="what this site accepts, YAML")]
+LedgerOption = Annotated[
+    Path | None, typer.Option("--privacy-ledger", help="what jobs spent of the rows' privacy; by default beside --data")
+]
 ValidationFractionOption = Annotated[
     float, typer.Option("--validation-fraction", min=0, max=0.9, help="held out of --data, without --validation")
 ]

@@ -18,7 +18,7 @@ from launcher.demo_job import default_job, own_data, real_job
 from launcher.demo_view import DemoView
 from launcher.local_run import VALIDATION_FRACTION, LocalRun, Site, train_together
 from launcher.output import Format, emit
-from launcher.report import ClientQuality, Curve, Process, Quality, Report, summary_table, write_report
+from launcher.report import ClientPrivacy, ClientQuality, Curve, Process, Quality, Report, summary_table, write_report
 from shared.errors import DataError, JobError
 from shared.job import Job, load_job
 from shared.model.checkpoint import checkpoint_of
@@ -198,6 +198,7 @@ def _report(job: Job, joint: LocalRun, baselines: Mapping[str, Baseline], *, acc
             )
             for name in names
         },
+        privacy={name: spent for name in names if (spent := _privacy(job, joint.events[name])) is not None},
         curves=_curves(joint, baselines, metric),
         tokens_per_s=_tokens_per_s(joint),
         wire_bytes={"up": joint.bytes_up, "down": joint.bytes_down},
@@ -224,6 +225,14 @@ def _tokens_per_s(joint: LocalRun) -> float:
 def _last_score(events: list[dict[str, Any]]) -> Score:
     last = [event for event in events if event.get("event") == "evaluation"][-1]
     return Score(last["loss"] * last["tokens"], last["tokens"], last["rows"], last["right_rows"])
+
+
+def _privacy(job: Job, events: list[dict[str, Any]]) -> ClientPrivacy | None:
+    spent = [event for event in events if event.get("event") == "privacy_spent"]
+    if not spent:
+        return None
+    last = spent[-1]
+    return ClientPrivacy(type=job.privacy.type, rounds=last["rounds"], epsilon=last["epsilon"], delta=last["delta"])
 
 
 def _curves(joint: LocalRun, baselines: Mapping[str, Baseline], metric: str) -> list[Curve]:

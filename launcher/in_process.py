@@ -3,6 +3,7 @@
 For benchmarks and tests that run many small jobs.
 """
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from worker_client.data import Row
 from worker_client.head_tail import HeadTail, load_client_parts
 from worker_client.link import Link
 from worker_client.local_trunk import trunk_of
+from worker_client.privacy.ledger import SUFFIX, Ledger
+from worker_client.privacy.protection import Protection
 from worker_client.remote_trunk import RemoteTrunk
 from worker_client.steps import Report
 from worker_client.training import Training
@@ -41,11 +44,15 @@ JOIN_S = 600.0
 
 @dataclass(frozen=True)
 class Site:
-    """A client's rows. `trunk`: what makes its remote trunk, for a client that does not do as it should."""
+    """A client's rows. `trunk`: what makes its remote trunk, for a client that does not do as it should.
+
+    `max_epsilon`: what a private job may cost it, at the job's delta.
+    """
 
     train: Sequence[Row]
     validation: Sequence[Row] = ()
     trunk: Callable[[Link, Job, HeadTail, float], RemoteTrunk] = trunk_of
+    max_epsilon: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,9 +155,15 @@ def train_one(running: Serving, name: str, site: Site, folder: Path, report: Rep
             report(event)
 
     parts = load_client_parts(checkpoint_of(running.job), running.job)
+    protection = None
+    if running.job.privacy.type != "none":
+        rows = hashlib.sha256(repr(site.train).encode()).hexdigest()
+        ledger = Ledger(folder / f"{name}{SUFFIX}", rows, site.max_epsilon, running.job.privacy.delta)
+        protection = Protection(running.job, ledger, heard)
     with running.link(name) as link:
         trunk = site.trunk(link, running.job, parts, JOIN_S)
-        Training(running.job, parts, trunk, site.train, site.validation, folder / name, heard).run()
+        out = folder / name
+        Training(running.job, parts, trunk, site.train, site.validation, out, heard, protection=protection).run()
     return Outcome(events, parts)
 
 

@@ -18,6 +18,7 @@ from launcher import (
     eval_command,
     partition_command,
     people,
+    privacy_command,
     roles,
     top_command,
 )
@@ -39,6 +40,7 @@ app = typer.Typer(
 client = typer.Typer(help="A data owner's side.", no_args_is_help=True)
 check = typer.Typer(help="Before a role is started: what is wrong, and what to type to mend it.", no_args_is_help=True)
 data = typer.Typer(help="Rows before they are trained on.", no_args_is_help=True)
+privacy = typer.Typer(help="Differential privacy: what it costs, and what was spent.", no_args_is_help=True)
 keys = typer.Typer(help="Identities: private keys and the cards that go with them.", no_args_is_help=True)
 
 app.command("demo")(demo_command.demo)
@@ -59,6 +61,9 @@ check.command("client")(check_command.check_client)
 app.command("top")(top_command.top)
 app.add_typer(data, name="data")
 data.command("check")(data_command.check_data)
+app.add_typer(privacy, name="privacy")
+privacy.command("epsilon")(privacy_command.plan)
+privacy.command("ledger")(privacy_command.show)
 app.command("eval")(eval_command.evaluate)
 app.command("partition")(partition_command.partition)
 app.command("loadtest")(load.loadtest)

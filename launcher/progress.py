@@ -71,8 +71,27 @@ class ClientProgress:
                 )
             case "left_behind":
                 self.progress.console.print(f"round {event['round'] + 1} went on without this client; joining the next")
+            case "privacy":
+                for line in privacy_lines(event):
+                    self.progress.console.print(line)
+            case "privacy_spent":
+                self.progress.console.print(
+                    f"privacy: {event['rounds']} rounds cost epsilon {event['epsilon']:.4g} at delta {event['delta']:g}"
+                )
+            case "update_repeated":
+                self.progress.console.print(f"the update of round {event['round'] + 1} is handed in again, as it was")
             case "rounds_missed":
                 self.progress.console.print(f"the others are at round {event['round']}; joining there")
+
+
+def privacy_lines(event: dict[str, Any]) -> list[str]:
+    """What a private job covers, what it does not, and what it costs."""
+    before = event["spent_before"]
+    return [
+        f"privacy: {event['type']}, covers {event['covers']}; not covered: {event['does_not_cover']}",
+        f"privacy: all rounds cost epsilon {event['epsilon_of_all_rounds']:.4g} at delta {event['delta']:g}; all jobs "
+        f"before, {before['total_epsilon']:.4g} at {before['total_delta']:g} ({event['ledger']})",
+    ]
 
 
 def _data_line(event: dict[str, Any]) -> str:

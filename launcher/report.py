@@ -5,10 +5,10 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.report_data import ClientQuality, Curve, Process, Quality, Report, alone_text, metric_text
+from launcher.report_data import ClientPrivacy, ClientQuality, Curve, Process, Quality, Report, alone_text, metric_text
 from launcher.report_page import page
 
-__all__ = ["ClientQuality", "Curve", "Process", "Quality", "Report", "summary_table", "write_report"]
+__all__ = ["ClientPrivacy", "ClientQuality", "Curve", "Process", "Quality", "Report", "summary_table", "write_report"]
 
 
 def write_report(report: Report, directory: Path) -> None:

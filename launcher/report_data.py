@@ -33,6 +33,15 @@ class ClientQuality(Part):
     centralised: float
 
 
+class ClientPrivacy(Part):
+    """What a private job cost one client: `epsilon` at `delta`, its whole update of a round being the unit."""
+
+    type: str
+    rounds: int
+    epsilon: float
+    delta: float
+
+
 class Curve(Part):
     """A series: `loss` by step, or the metric on the client's validation rows by round (`validation`).
 
@@ -53,12 +62,16 @@ class Process(Part):
 
 
 class Report(Part):
-    """`wire_bytes`: `up` is towards the server. `seconds`: of the joint run. `job`: the resolved settings."""
+    """`wire_bytes`: `up` is towards the server. `seconds`: of the joint run. `job`: the resolved settings.
+
+    `privacy`: by client, in a job that has any.
+    """
 
     title: str
     metric: str
     quality: Quality
     by_client: dict[str, ClientQuality]
+    privacy: dict[str, ClientPrivacy] = {}
     curves: list[Curve]
     tokens_per_s: float
     wire_bytes: dict[Literal["up", "down"], int]

@@ -42,6 +42,7 @@ def page(report: Report) -> str:
         metric=escape(report.quality.metric),
         better="Higher is better." if report.quality.higher_is_better else "Lower is better.",
         table=_quality_table(report),
+        privacy=_privacy(report),
         processes=_process_table(report.processes),
         versions=_table(("package", "version"), sorted(report.versions.items())),
         job=escape(json.dumps(report.job, indent=2, ensure_ascii=False)),
@@ -215,6 +216,22 @@ def _quality_table(report: Report) -> str:
     joint, centralised = (metric_text(quality.metric, value) for value in (quality.joint, quality.centralised))
     rows.append(("everyone", alone_text(quality), joint, centralised))
     return _table(("validation rows of", "alone", "together", "centralised"), rows)
+
+
+def _privacy(report: Report) -> str:
+    """A card of its own in a private job, nothing in others."""
+    if not report.privacy:
+        return ""
+    rows = [
+        (name, own.type, str(own.rounds), f"{own.epsilon:.4g}", f"{own.delta:g}")
+        for name, own in report.privacy.items()
+    ]
+    return (
+        '<section class="card wide numbers"><h2>Privacy of updates</h2>'
+        "<p>Differential privacy of each client&rsquo;s whole updates, over its rounds. Hidden states and gradients "
+        "that go to the server are not covered.</p>"
+        f'<div class="scroll">{_table(("client", "noise", "rounds", "epsilon", "delta"), rows)}</div></section>'
+    )
 
 
 def _process_table(processes: Sequence[Process]) -> str:

@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ import typer
 from launcher.client_options import (
     DataOption,
     InviteOption,
+    LedgerOption,
     ModelOption,
     PolicyOption,
     ValidationFractionOption,
@@ -172,6 +174,7 @@ def client_train(
     validation_fraction: ValidationFractionOption = 0.1,
     model: ModelOption = None,
     policy: PolicyOption = None,
+    privacy_ledger: LedgerOption = None,
     connect_timeout: Annotated[
         float, typer.Option("--connect-timeout", min=0.1, help="seconds to wait for broker and server")
     ] = 30.0,
@@ -200,6 +203,7 @@ def client_train(
         connect_timeout_s=connect_timeout,
         reconnect_s=reconnect,
         policy=Policy() if policy is None else load_policy(policy),
+        privacy_ledger=privacy_ledger,
     )
     _on_signals(_interrupt)
     with ClientProgress(enabled=format is Format.TXT) as progress:
@@ -217,7 +221,11 @@ def client_train(
         "peak_memory_bytes": peak_memory_bytes(),
         "out": str(out),
     }
+    if result.privacy is not None:
+        summary["privacy"] = asdict(result.privacy)
     measured = "" if result.score is None else f"  loss {result.score.loss:.4f}, accuracy {result.score.accuracy:.1%}"
+    if result.privacy is not None:
+        measured += f", epsilon {result.privacy.epsilon:.4g} at delta {result.privacy.delta:g}"
     succeed(format, f"trained: {out}{measured}", summary)
 
 

@@ -6,7 +6,8 @@ FlglmError
 │   ├── DataError         a data file, with its line
 │   ├── ModelError        a checkpoint that is absent, corrupt or of an unknown family
 │   ├── KeyFileError      an identity, card or invitation file
-│   └── CheckpointError   a training checkpoint that is absent, corrupt or of another job
+│   ├── CheckpointError   a training checkpoint that is absent, corrupt or of another job
+│   └── LedgerError       a privacy ledger that is lost, corrupt or in another's hands
 ├── Refused               the other side said no                               exit 1
 ├── ConnectionFailed      nobody there, or gone                                exit 2
 │   └── HandshakeError    the other side is not who it should be
@@ -76,6 +77,10 @@ class KeyFileError(UsageError):
 
 class CheckpointError(UsageError):
     code = "checkpoint"
+
+
+class LedgerError(UsageError):
+    code = "ledger"
 
 
 class Refused(FlglmError):

@@ -52,7 +52,7 @@ def terms_of(job: Job, shapes: Shapes, members: Sequence[Member], round: int, no
     can have: too few, twice the same, or not in the order of their names.
     """
     label = hashlib.sha256(b"flglm round\0" + job.digest() + round.to_bytes(8) + bytes.fromhex(nonce)).hexdigest()
-    weight = min(MAX_WEIGHT, most_tokens(job)) if job.rounds.weighting == "tokens" else MAX_WEIGHT
+    weight = {"tokens": min(MAX_WEIGHT, most_tokens(job)), "rows": MAX_WEIGHT, "clients": 1}[job.rounds.weighting]
     neighbours, threshold = neighbourhood(job, max(2, len(members)))
     try:
         return Terms(

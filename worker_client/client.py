@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from worker_client.link import Link
 from worker_client.local_trunk import trunk_of
 from worker_client.masking import Roster
 from worker_client.policy import Policy, check_job, check_server
+from worker_client.privacy.ledger import Ledger, Spent, default_path, digest_of
+from worker_client.privacy.protection import Protection
 from worker_client.steps import Report
 from worker_client.training import Training
 from worker_client.way import Way
@@ -44,7 +46,7 @@ class ClientSettings:
 
     `model`: this site's copy of the model, if it is not where the job says. `validation_fraction` of the rows are held
     out unless `validation` names a file of its own. `policy`: what this site accepts. `reconnect_s`: how long to try to
-    get back when a connection broke.
+    get back when a connection broke. `privacy_ledger`: where what jobs spend is kept, by default beside the rows.
     """
 
     data: Path
@@ -56,15 +58,19 @@ class ClientSettings:
     connect_timeout_s: float = 30.0
     reconnect_s: float = 600.0
     policy: Policy = ACCEPT_ALL
+    privacy_ledger: Path | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """The joint model's score on this client's validation rows; body bytes sent and received."""
+    """The joint model's score on this client's validation rows; body bytes sent and received; what a private job cost
+    of the rows' privacy.
+    """
 
     score: Score | None
     bytes_up: int
     bytes_down: int
+    privacy: Spent | None = None
 
 
 def run_client(
@@ -96,11 +102,12 @@ def run_client(
             with way.link() as link:
                 site = site or _prepare(settings, invitation, link, report)
                 score = site.train(link, settings.out, heard)
-                _write_result(settings.out, site.job, site.parts, score)
+                privacy = None if site.ledger is None else site.ledger.spent(site.job)
+                _write_result(settings.out, site.job, site.parts, score, privacy)
                 break
         except ConnectionFailed as error:
             way.broke(error, once_there=site is not None)
-    return Result(score, way.bytes_up, way.bytes_down)
+    return Result(score, way.bytes_up, way.bytes_down, privacy)
 
 
 @dataclass(frozen=True)
@@ -112,12 +119,16 @@ class Site:
     rows: tuple[Row, ...]
     validation: tuple[Row, ...]
     roster: Roster | None = None
+    ledger: Ledger | None = None
 
     def train(self, link: Link, out: Path, report: Report) -> Score | None:
         """Through one link, from the newest checkpoint in `out` to the end of the job."""
         timeout_s = max(self.job.cohort.deadline_s, WAIT_FOR_ROUND_S) + GRACE_S
         trunk = trunk_of(link, self.job, self.parts, timeout_s)
-        return Training(self.job, self.parts, trunk, self.rows, self.validation, out, report, self.roster).run()
+        protection = None if self.ledger is None else Protection(self.job, self.ledger, report)
+        return Training(
+            self.job, self.parts, trunk, self.rows, self.validation, out, report, self.roster, protection
+        ).run()
 
 
 def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, report: Report) -> Site:
@@ -140,7 +151,21 @@ def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, repor
         }
     )
     report({"event": "updates", "handed_in": bool(job.handed_in), "secure": job.secure, "why_off": why_off(job)})
-    return Site(job, load_client_parts(checkpoint, job), rows, validation, settings.policy.names())
+    return Site(
+        job,
+        load_client_parts(checkpoint, job),
+        rows,
+        validation,
+        settings.policy.names(),
+        ledger_of(settings.data, settings.privacy_ledger, settings.policy, job),
+    )
+
+
+def ledger_of(data: Path, ledger: Path | None, policy: Policy, job: Job) -> Ledger | None:
+    """What a private job on the rows of `data` is paid from; None for any other. Raises DataError."""
+    if job.privacy.type == "none":
+        return None
+    return Ledger(ledger or default_path(data), digest_of(data), policy.max_epsilon, policy.max_delta)
 
 
 def agreed_job(welcome: Welcome, invitation: Invitation) -> Job:
@@ -200,9 +225,9 @@ def finished_before(out: Path, invitation: Invitation) -> Score | None:
         return None
 
 
-def _write_result(out: Path, job: Job, parts: HeadTail, score: Score | None) -> None:
+def _write_result(out: Path, job: Job, parts: HeadTail, score: Score | None, privacy: Spent | None = None) -> None:
     """`trained.safetensors`: what was trained in head and tail, by name in the whole model, and what was added to
-    frozen weights, (out, in), as `residual/<module>.weight`; `flglm.json`: the job.
+    frozen weights, (out, in), as `residual/<module>.weight`; `flglm.json`: the job, and what it cost of privacy.
 
     Raises CheckpointError if the disk refuses.
     """
@@ -212,6 +237,7 @@ def _write_result(out: Path, job: Job, parts: HeadTail, score: Score | None) -> 
         "job": job.model_dump(mode="json"),
         "job_digest": job.digest().hex(),
         "score": None if score is None else vars(score),
+        **({} if privacy is None else {"privacy": asdict(privacy)}),
     }
     draft = out / f".{RESULT}.draft"
     with state_files.writing(out):

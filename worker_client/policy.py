@@ -1,16 +1,17 @@
 """What a data owner accepts, in a file of its own. A job that asks for more is refused before any data is read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shared.allow_list import AllowList
 from shared.errors import Refused
 from shared.identity import key_digest
 from shared.invitations import Invitation
-from shared.job import Job, MethodName
+from shared.job import GaussianPrivacy, Job, MethodName, Privacy
+from shared.job.privacy import Delta
 from shared.job.secure import why_off
 from shared.key_files import Hex32
 from shared.yaml_files import read_mapping, validated
@@ -25,8 +26,8 @@ class Policy(BaseModel):
     `secure_updates`: only jobs whose updates of head and tail are masked, if they train any. `roster`: a folder of the
     cards of all clients of the job (relative to the policy file): a masked sum that the server would make among
     others is refused. `max_rows`: over the whole job, a row that is trained on again counted again. `servers`: public
-    keys, or their SHA-256, in hexadecimal. `least_noise`: a job's noise multiplier; jobs have none yet, so more than 0
-    refuses all.
+    keys, or their SHA-256, in hexadecimal. `least_noise`: a job's privacy.noise_multiplier; more than 0 refuses jobs
+    without privacy. `max_epsilon` at `max_delta`: what all jobs together may spend of the rows' privacy.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +39,8 @@ class Policy(BaseModel):
     max_rows: Count | None = None
     max_rounds: Count | None = None
     least_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_delta: Delta | None = None
     share_updates: bool = True
     """False: no update leaves, so jobs may train the trunk, and of head and tail what is personal."""
     secure_updates: bool = False
@@ -46,6 +49,12 @@ class Policy(BaseModel):
     def names(self) -> Callable[[], Mapping[bytes, str]] | None:
         """The roster as it is when asked for: names by public key. Asking raises KeyFileError."""
         return None if self.roster is None else AllowList(self.roster).names
+
+    @model_validator(mode="after")
+    def _epsilon_at_a_delta(self) -> "Policy":
+        if self.max_epsilon is not None and self.max_delta is None:
+            raise ValueError("max_epsilon is an epsilon at some delta: it needs max_delta")
+        return self
 
 
 def load_policy(path: Path) -> Policy:
@@ -81,7 +90,7 @@ def check_job(policy: Policy, job: Job) -> None:
          f"rounds.count={job.rounds.count} is more than max_rounds={policy.max_rounds}"),
         (policy.max_rows is not None and rows > policy.max_rows,
          f"it trains on {rows} rows (rounds.count x rounds.local_steps x batch), more than max_rows={policy.max_rows}"),
-        (policy.least_noise > 0, f"it adds no noise, and least_noise={policy.least_noise:g}"),
+        *_privacy_limits(policy, job.privacy),
         (policy.secure_updates and bool(job.handed_in) and job.secure == "off",
          f"its updates are not masked, and secure_updates is true: {why_off(job)}"),
         (not policy.share_updates and bool(job.handed_in),
@@ -90,6 +99,22 @@ def check_job(policy: Policy, job: Job) -> None:
     for exceeded, reason in limits:
         if exceeded:
             raise _refused(reason)
+
+
+def _privacy_limits(policy: Policy, privacy: Privacy) -> Iterator[tuple[bool, str]]:
+    if not isinstance(privacy, GaussianPrivacy):
+        yield policy.least_noise > 0, f"it adds no noise, and least_noise={policy.least_noise:g}"
+        yield policy.max_delta is not None, "it adds no noise: nothing bounds its epsilon, and max_delta is set"
+        return
+    multiplier, delta = privacy.noise_multiplier, privacy.delta
+    yield (
+        multiplier < policy.least_noise,
+        f"privacy.noise_multiplier={multiplier:g} is less than least_noise={policy.least_noise:g}",
+    )
+    yield (
+        policy.max_delta is not None and delta > policy.max_delta,
+        f"privacy.delta={delta:g} is more than max_delta={policy.max_delta or 0:g}",
+    )
 
 
 def _refused(reason: str) -> Refused:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shared import state_files
 from shared.errors import CheckpointError, Refused, TensorError
-from shared.job import Job
+from shared.job import CentralPrivacy, Job
 from shared.model.optimizer import PartOptimizer
 from shared.model.trainable import load_trained
 from shared.secure_aggregation.terms import Terms
@@ -19,6 +19,7 @@ from worker_client.data import Row
 from worker_client.drift import begin, next_control
 from worker_client.head_tail import NO_SCORE, HeadTail, Score
 from worker_client.masking import MaskedUpdates, Roster
+from worker_client.privacy.protection import Protection
 from worker_client.remote_trunk import Boundary, RemoteTrunk
 from worker_client.steps import Report, Steps
 
@@ -26,6 +27,8 @@ from worker_client.steps import Report, Steps
 KEPT_CHECKPOINTS = 3
 # What a server says to one whom the others have not waited for.
 LEFT_BEHIND = ("not_in_round", "wrong_step")
+# The difference that was handed in for the round before, in a job with privacy: this, then the tensor's name.
+HANDED_IN = "handed_in/"
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Training:
     """One client's run. `report` gets an event a step, an evaluation and a round: plain data, never text or tokens.
 
     `roster`: whom this client's owner knows to be a client of the job; None for whomever the server names.
+    `protection`: of a job with privacy, whose updates leave through it and not otherwise.
     """
 
     job: Job
@@ -43,12 +47,14 @@ class Training:
     out: Path
     report: Report
     roster: Roster | None = None
+    protection: Protection | None = None
     optimizer: PartOptimizer = field(init=False)
     completed: int = field(init=False, default=0)
     control: dict[str, Tensor] = field(init=False, default_factory=dict)
     """SCAFFOLD's control variate of this client, c_i, by name; empty before its first round, and without SCAFFOLD."""
 
     def __post_init__(self) -> None:
+        assert (self.protection is None) == (self.job.privacy.type == "none")
         self.optimizer = self._fresh_optimizer()
 
     def run(self) -> Score | None:
@@ -56,13 +62,18 @@ class Training:
         self._resume()
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parts.shared.items()}
         masked = MaskedUpdates(self.job, self.trunk.link.identity, shapes, self.out, self.report, self.roster)
+        if self.protection is not None:
+            self.protection.resume(self.completed)
         boundary = self.trunk.join(len(self.rows))
         score: Score | None = None
         while (round := boundary.round) is not None:
             terms = masked.terms(boundary)
             self._align(round)
             self._apply(boundary)
-            self.report({"event": "round", "round": round, "members": boundary.members})
+            spent = {} if self.protection is None else self.protection.so_far()
+            self.report({"event": "round", "round": round, "members": boundary.members, **spent})
+            if self.protection is not None:
+                self.protection.begin(self._handed_in(round), self.parts.shared)
             if round % self.job.rounds.evaluate_every == 0:
                 score = self._evaluate(round)
             try:
@@ -80,15 +91,16 @@ class Training:
         """Train a round and hand in what came of it; where the next begins."""
         control = self.control
         start = {} if terms is None else {name: value.clone() for name, value in _values(self.parts.shared).items()}
-        weight = self._train_round(round, boundary)
+        weight = self._weight(self._train_round(round, boundary))
+        update = _values(self.parts.shared)
+        if self.protection is not None:
+            update = self.protection.hand_in(round, update)
         self.completed = round + 1
         self._save()
-        if self.job.rounds.weighting == "rows":
-            weight = len(self.rows)
         if terms is None:
-            after = self.trunk.update(round, weight, _values(self.parts.shared))
+            after = self.trunk.update(round, weight, update)
         else:
-            after = masked.hand_in(self.trunk, terms, round, weight, start, _values(self.parts.shared))
+            after = masked.hand_in(self.trunk, terms, round, weight, start, update)
         if after.refused is not None:
             self.report({"event": "update_refused", "round": round, "reason": after.refused})
             self.control = control  # the server's does not know of this round's
@@ -110,6 +122,10 @@ class Training:
         weight = steps.train_round(round)
         self.control = next_control(self.job, drift, self.parts.shared)
         return weight
+
+    def _weight(self, target_tokens: int) -> int:
+        """What this client counts in a round's mean."""
+        return {"tokens": target_tokens, "rows": len(self.rows), "clients": 1}[self.job.rounds.weighting]
 
     def _evaluate(self, round: int) -> Score | None:
         """The joint model on the validation rows, in batches of the training size."""
@@ -203,6 +219,22 @@ class Training:
         self.completed = number
         self.report({"event": "resumed", "round": number})
 
+    def _handed_in(self, round: int) -> dict[str, Tensor]:
+        """What was kept of this job's update of `round`, if it was made before.
+
+        Nothing where central noise was seen on it: a server that asks again will draw other noise.
+        """
+        numbers = state_files.numbers(self.out)
+        seen = isinstance(self.job.privacy, CentralPrivacy) and max(numbers, default=0) > round + 1
+        if round + 1 not in numbers or seen:
+            return {}
+        try:
+            tensors, facts = state_files.load(self.out, round + 1)
+        except CheckpointError as error:
+            self._say_unreadable(round + 1, error)
+            return {}
+        return _under(HANDED_IN, tensors) if facts.get("job") == self.job.digest().hex() else {}
+
     def _say_unreadable(self, number: int, error: CheckpointError) -> None:
         self.report({"event": "checkpoint_unreadable", "number": number, "reason": error.message})
 
@@ -210,6 +242,8 @@ class Training:
         tensors = {f"trained/{name}": value for name, value in _values(self.parts.parameters).items()}
         tensors |= {f"optimizer/{name}": value for name, value in self.optimizer.state().items()}
         tensors |= {f"control/{name}": value for name, value in self.control.items()}
+        if self.protection is not None:
+            tensors |= {HANDED_IN + name: value for name, value in self.protection.kept.items()}
         tensors["random/torch"] = torch.get_rng_state()
         facts = {"job": self.job.digest().hex(), "steps": self.optimizer.steps}
         state_files.save(self.out, self.completed, tensors, facts, keep=KEPT_CHECKPOINTS)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import AggregationError
+from shared.job import CentralPrivacy
 from shared.logs import event
 from worker_server.aggregators.method import Update
 from worker_server.masking import RoundSum, Summed
@@ -191,6 +192,9 @@ class Engine:
             trunk.take_round_values(self.replicas.mean(trunk.round_values(), weight))
         trunk.take_residuals(result.state)
         progress.complete_round({name: result.values[name] for name in heads_and_tails}, result.state)
+        if self.replicas is not None and isinstance(progress.job.privacy, CentralPrivacy):
+            # Nobody is told before all have kept it: a round begun again gets other noise, and would be paid for twice.
+            self.replicas.total(1)
         return result.bounded
 
 

@@ -97,6 +97,8 @@ class Intake:
 
     def _check_weight(self, weight: int) -> None:
         most = most_tokens(self.job)
+        if weight > 1 and self.job.rounds.weighting == "clients":
+            raise Refused(f"a weight of {weight}; all clients count alike (rounds.weighting)", reason="weight")
         if weight > most and self.job.rounds.weighting == "tokens":
             raise Refused(f"a weight of {weight}; a round has {most} target tokens at most", reason="weight")
 

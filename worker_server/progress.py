@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared import state_files
 from shared.errors import CheckpointError
-from shared.job import Job
+from shared.job import CentralPrivacy, Job
 from shared.logs import event
 from shared.model.checkpoint import Fingerprint
 from shared.model.residuals import modules_of
@@ -53,9 +53,11 @@ class Progress:
     def begin(self) -> None:
         """Continue from the newest readable checkpoint, or begin with `checkpoint-0`.
 
-        Raises CheckpointError if there are checkpoints of another job or model, or none that is readable.
+        Raises CheckpointError if there are checkpoints of another job or model, or none that is readable; under central
+        privacy, if the newest is not.
         """
-        if state_files.resume(self.folder, self.restore, _say_unreadable):
+        central = isinstance(self.job.privacy, CentralPrivacy)
+        if state_files.resume(self.folder, self.restore, _refuse_older if central else _say_unreadable):
             event(logger, "resumed", folder=str(self.folder), round=self.round)
         else:
             self.save()
@@ -135,3 +137,11 @@ class Progress:
 
 def _say_unreadable(number: int, error: CheckpointError) -> None:
     event(logger, "checkpoint_unreadable", level=logging.WARNING, number=number, reason=error.message)
+
+
+def _refuse_older(number: int, error: CheckpointError) -> None:
+    """The round after an older one was noised and told already; with other noise it would cost the clients again."""
+    raise CheckpointError(
+        f"{error.message}: with privacy.type=central no older one is gone back to",
+        hint=f"put a copy of checkpoint-{number} back, or begin the job anew, under another name, with another --state",
+    )

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.job import Job
+from shared.job import CentralPrivacy, Job
 from shared.logs import event
 from worker_server.aggregators import METHODS
 from worker_server.aggregators.bounding import bounded
 from worker_server.aggregators.fedex_lora import mean_products, residuals
 from worker_server.aggregators.method import Change, Tensors, Update
+from worker_server.central_noise import noised
 from worker_server.masking import Summed
 from worker_server.replicas import Replicas
 
@@ -44,8 +45,11 @@ def aggregate(
     from `start`, and the state stays what it was.
     """
     method = METHODS[job.aggregation.type]
-    within = bounded(start, updates, job.aggregation.max_update_norm)
-    scaled = [update.client for update in within if update.scale != 1.0]
+    central = job.privacy if isinstance(job.privacy, CentralPrivacy) else None
+    limit = job.aggregation.max_update_norm if central is None else central.clip_norm
+    within = bounded(start, updates, limit)
+    # Under privacy clients clip by themselves, and every one of them may: that is nothing to tell.
+    scaled = [update.client for update in within if update.scale != 1.0 and central is None]
     if scaled:
         event(logger, "updates_bounded", level=logging.WARNING, clients=",".join(scaled))
     unchanged = Aggregated(start, state, len(scaled))
@@ -59,6 +63,7 @@ def aggregate(
     if delta is None or count == 0:
         event(logger, "round_without_change", level=logging.WARNING, updates=count)
         return unchanged
+    delta = noised(job, delta, count, replicas)
     values, after = method.step(job, start, Change(delta, count), state)
     if job.aggregation.lora == "exact":
         products = mean_products(start, within)

@@ -20,6 +20,7 @@ from launcher.preflight.files import (
 )
 from launcher.preflight.models import check_digest, check_split, checkpoint_of, client_need
 from launcher.preflight.network import Context, check_broker, check_name, probing
+from launcher.preflight.privacy import check_privacy
 from launcher.preflight.resources import check_checkpoints, check_disk, check_memory
 from launcher.preflight.rows import check_parsed, check_rows
 from shared.errors import ConnectionFailed, DeadlineExceeded, FlglmError, HandshakeError, Refused
@@ -46,6 +47,7 @@ class ClientPlan:
     validation_fraction: float = 0.1
     model: str | None = None
     policy: Path | None = None
+    privacy_ledger: Path | None = None
     job: Path | None = None
     digest: bool = False
     timeout_s: float = 5.0
@@ -202,6 +204,7 @@ def _with_job(
     rows.add(check_updates(job))
     if plan.policy is not None and policy is not None:
         rows.attempt("policy and job", lambda: check_job(policy, job), lambda _: "the policy allows it", "see --policy")
+    check_privacy(rows, job, plan.data, plan.privacy_ledger, policy or Policy())
     if invitation is not None and finished_before(plan.out, invitation) is not None:
         rows.add(warn("result", f"{plan.out} holds this job's result: nothing would be trained", "give another --out"))
     if (before := check_checkpoints("--out", plan.out, job.digest().hex())) is not None:

@@ -105,13 +105,15 @@ def check_split(checkpoint: Checkpoint, job: Job) -> tuple[Check, SplitPlan | No
 def client_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: int) -> Need:
     """Head and tail, in plain FedAvg the trunk too, in float32; `checkpoints` of what is trained there, and the result.
 
-    SCAFFOLD's control variates, its own and the server's, are as large as what is trained. Raises JobError.
+    SCAFFOLD's control variates, its own and the server's, are as large as what is trained, and so is a private update,
+    beside its start and, for a moment, difference and noise in float64. Raises JobError.
     """
     frozen, train = count(checkpoint, job, plan, job.client_parts)
     control = train * FLOAT32 if job.aggregation.type == "scaffold" else 0
-    saved = checkpoints * (train * BYTES_SAVED + control) + train * FLOAT32
+    private = train * FLOAT32 if job.privacy.type != "none" else 0
+    saved = checkpoints * (train * BYTES_SAVED + control + private) + train * FLOAT32
     masked = 0 if job.secure == "off" else train * MASKED_AT_CLIENT
-    return Need(frozen * FLOAT32 + train * BYTES_TRAINED + 2 * control + masked, saved)
+    return Need(frozen * FLOAT32 + train * BYTES_TRAINED + 2 * control + 6 * private + masked, saved)
 
 
 def server_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: int) -> Need:

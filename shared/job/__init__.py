@@ -8,6 +8,7 @@ where those exist.
 from shared.job.aggregation import Adaptive, Aggregation, AnyKrum, FedAvg, FedAvgM, Scaffold, TrimmedMean
 from shared.job.job import Job, load_job, parse_job
 from shared.job.methods import Full, Lora, Method, MethodName, Prefix, Prompt, TrainedPart, Training
+from shared.job.privacy import CentralPrivacy, GaussianPrivacy, LocalPrivacy, NoPrivacy, Privacy
 from shared.job.rounds import Cohort, Data, Rounds, Split, Wire, WireFormat
 from shared.job.secure import Secure
 
@@ -15,16 +16,21 @@ __all__ = [
     "Adaptive",
     "Aggregation",
     "AnyKrum",
+    "CentralPrivacy",
     "Cohort",
     "Data",
     "FedAvg",
     "FedAvgM",
     "Full",
+    "GaussianPrivacy",
     "Job",
+    "LocalPrivacy",
     "Lora",
     "Method",
     "MethodName",
+    "NoPrivacy",
     "Prefix",
+    "Privacy",
     "Prompt",
     "Rounds",
     "Scaffold",

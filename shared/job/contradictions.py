@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from shared.job.aggregation import AnyKrum, FedAvg, Scaffold, TrimmedMean
 from shared.job.methods import Lora
+from shared.job.privacy_contradictions import privacy
 from shared.job.secure import least_quorum, neighbourhood
 from shared.secure_aggregation.terms import MIN_CLIENTS
 
@@ -222,4 +223,5 @@ CHECKS: tuple[Callable[["Job"], Iterator[str]], ...] = (
     _prompt,
     _aggregation,
     _secure,
+    privacy,
 )

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from shared.job.aggregation import Aggregation, FedAvg
 from shared.job.contradictions import first_contradiction
 from shared.job.methods import Lora, Method, TrainedPart, Training
+from shared.job.privacy import NoPrivacy, Privacy
 from shared.job.rounds import Cohort, Data, Rounds, Split, Wire
 from shared.job.secure import Secure, secure_of
 from shared.job.settings import Settings
@@ -28,6 +29,7 @@ class Job(Settings):
     rounds: Rounds = Rounds()
     cohort: Cohort = Cohort()
     aggregation: Aggregation = FedAvg()
+    privacy: Privacy = NoPrivacy()
     wire: Wire = Wire()
 
     @model_validator(mode="after")

@@ -31,12 +31,12 @@ class Data(Settings):
 class Rounds(Settings):
     """`count` rounds of `local_steps` steps each; after each, clients' heads and tails are aggregated.
 
-    `weighting`: what a mean weighs a client by, its target tokens in the round or its rows.
+    `weighting`: what a mean weighs a client by, its target tokens in the round or its rows; or all clients alike.
     """
 
     count: Positive = 10
     local_steps: Positive = 10
-    weighting: Literal["tokens", "rows"] = "tokens"
+    weighting: Literal["tokens", "rows", "clients"] = "tokens"
     evaluate_every: Positive = 1
 
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from rich.console import Console
 
-from launcher.report import ClientQuality, Curve, Process, Quality, Report, summary_table, write_report
+from launcher.report import ClientPrivacy, ClientQuality, Curve, Process, Quality, Report, summary_table, write_report
 from launcher.report_data import alone_text, bytes_text, duration_text, metric_text
 from launcher.report_page import MOST_POINTS, page, smoothed, thinned
 
 KEYS = {
     *("title", "metric", "quality", "by_client", "curves", "tokens_per_s", "wire_bytes", "rounds", "steps", "seconds"),
-    *("processes", "job", "versions"),
+    *("processes", "job", "versions", "privacy"),
 }
 VOID = {"meta", "br", "rect", "path"}
 
@@ -217,3 +217,15 @@ def test_long_curves_are_thinned_and_keep_their_end(count: int) -> None:
     assert len(kept) <= MOST_POINTS
     assert kept[-1:] == points[-1:]
     assert kept == sorted(kept)
+
+
+def test_what_a_private_job_cost_is_in_both(tmp_path: Path) -> None:
+    cost = ClientPrivacy(type="central", rounds=12, epsilon=3.14159, delta=1e-5)
+    report = make_report().model_copy(update={"privacy": {"nor<th": cost}})
+    write_report(report, tmp_path)
+    kept = json.loads((tmp_path / "report.json").read_text())["privacy"]
+    assert kept == {"nor<th": {"type": "central", "rounds": 12, "epsilon": 3.14159, "delta": 1e-5}}
+    texts = Reader((tmp_path / "report.html").read_text()).texts
+    for cell in ("Privacy of updates", "nor<th", "central", "12", "3.142", "1e-05"):
+        assert cell in texts
+    assert "Privacy of updates" not in page(make_report())

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from shared.errors import JobError
-from shared.job import Job, TrimmedMean, load_job, parse_job
+from shared.job import Job, NoPrivacy, TrimmedMean, load_job, parse_job
 
 JOB = {"model_name_or_path": "m", "rounds": {"count": 3, "local_steps": 4}, "method": {"type": "lora", "r": 4}}
 
@@ -155,6 +155,80 @@ def test_aggregations_that_fit_are_taken(aggregation: dict[str, Any], change: di
     job = parse_job(JOB | change | {"aggregation": aggregation | {"secure": "off"}}, "job.yaml")
     assert parse_job(yaml.safe_load(job.canonical()), "x") == job
     assert job.aggregation.needs_single_updates
+
+
+CENTRAL = {"type": "central", "clip_norm": 1.0, "noise_multiplier": 1.1, "delta": 1e-5}
+LOCAL = CENTRAL | {"type": "local"}
+ALIKE = {"rounds": {"weighting": "clients"}}
+PER_CLIENT = {"cohort": {"adapters": "per_client", "clients": 3}}
+EVERYTHING = {"training": {"parts": ["head", "trunk", "tail"]}}
+
+
+@pytest.mark.parametrize(
+    ("privacy", "change", "said"),
+    [
+        (CENTRAL | {"noise_multiplier": 0}, {}, "privacy.central.noise_multiplier"),
+        (CENTRAL | {"noise_multiplier": float("nan")}, {}, "privacy.central.noise_multiplier"),
+        (CENTRAL | {"delta": 1}, {}, "privacy.central.delta"),
+        (CENTRAL | {"delta": 0}, {}, "privacy.central.delta"),
+        (LOCAL | {"clip_norm": 0}, {}, "privacy.local.clip_norm"),
+        ({"type": "central"}, {}, "privacy.central.clip_norm"),
+        ({"type": "none", "delta": 1e-5}, {}, "unknown setting 'privacy.none.delta'"),
+        (CENTRAL | {"clip_nrom": 1.0}, {}, "did you mean 'clip_norm'"),
+        (
+            CENTRAL,
+            {"rounds": {"weighting": "tokens"}},
+            "privacy.type=central needs rounds.weighting=clients: by tokens",
+        ),
+        (LOCAL, {"rounds": {"weighting": "rows"}}, "privacy.type=local needs rounds.weighting=clients: by rows"),
+        (CENTRAL, EVERYTHING, "a trunk that all train at once learns from raw gradients: leave trunk out"),
+        (LOCAL, EVERYTHING, "split.trunk=client"),
+        (CENTRAL, {"training": {"parts": ["trunk"]}}, "a trunk that all train at once"),
+        (LOCAL, EVERYTHING | PER_CLIENT, "adapters that the server holds"),
+        (CENTRAL, {"aggregation": {"type": "fedavg", "max_update_norm": 1}}, "needs aggregation.max_update_norm=null"),
+        (
+            CENTRAL,
+            {"aggregation": {"type": "median"}, "cohort": {"clients": 3}},
+            "aggregation.type=median it may change",
+        ),
+        (CENTRAL, {"aggregation": {"type": "krum"}, "cohort": {"clients": 5}}, "privacy.type=local"),
+        (LOCAL, {"aggregation": {"type": "fedavg", "lora": "exact"}}, "aggregation.lora=exact adds products"),
+        (
+            CENTRAL,
+            {
+                "aggregation": {"type": "scaffold"},
+                "training": SEPARATE["training"]
+                | {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": None},
+            },
+            "aggregation.type=scaffold reads mean gradients",
+        ),
+    ],
+)
+def test_privacy_that_could_not_be_kept_is_refused_by_name(
+    privacy: dict[str, Any], change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(JobError) as error:
+        parse_job({"model_name_or_path": "m"} | SEPARATE | ALIKE | change | {"privacy": privacy}, "job.yaml")
+    assert said in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("privacy", "change"),
+    [
+        (CENTRAL, {}),
+        (LOCAL, {}),
+        (CENTRAL, EVERYTHING | PER_CLIENT),
+        (CENTRAL, {"training": {"parts": ["trunk"]}} | PER_CLIENT),
+        (LOCAL, EVERYTHING | {"split": {"trunk": "client"}}),
+        (CENTRAL, EVERYTHING | {"split": {"trunk": "client"}}),
+        (CENTRAL, {"aggregation": {"type": "fedadam", "lora": "freeze_a", "proximal_mu": 0.1}}),
+        (LOCAL, {"aggregation": {"type": "median"}, "cohort": {"clients": 3}}),
+    ],
+)
+def test_privacy_that_fits_is_taken(privacy: dict[str, Any], change: dict[str, Any]) -> None:
+    job = parse_job({"model_name_or_path": "m"} | SEPARATE | ALIKE | change | {"privacy": privacy}, "job.yaml")
+    assert parse_job(yaml.safe_load(job.canonical()), "x") == job
+    assert job.digest() != job.model_copy(update={"privacy": NoPrivacy()}).digest()
 
 
 def test_trimming_counts_as_people_do() -> None:

@@ -9,7 +9,7 @@ import pytest
 from shared.errors import JobError, Refused
 from shared.identity import key_digest
 from shared.invitations import BrokerAt, Invitation
-from shared.job import FedAvg, Job, Rounds, Split, Training
+from shared.job import FedAvg, Job, Rounds, Split, Training, parse_job
 from worker_client.policy import Policy, check_job, check_server, load_policy
 
 JOB = Job(
@@ -33,7 +33,8 @@ SERVER = bytes(range(32))
         ({"max_rounds": 4}, "rounds.count=5 is more than max_rounds=4"),
         ({"max_rows": 200}, None),
         ({"max_rows": 199}, "trains on 200 rows"),
-        ({"least_noise": 0.5}, "adds no noise"),
+        ({"least_noise": 0.5}, "adds no noise, and least_noise=0.5"),
+        ({"max_delta": 1e-5}, "adds no noise: nothing bounds its epsilon"),
         ({"share_updates": False}, "hands out updates of head or tail"),
     ],
 )
@@ -45,6 +46,29 @@ def test_a_job_that_asks_for_more_is_refused_by_name(policy: dict[str, Any], ref
         check_job(Policy(**policy), JOB)
     assert refused.value.reason == "policy"
     assert refused.value.exit_code == 1
+
+
+PRIVATE = {"type": "central", "clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("policy", "refusal"),
+    [
+        ({"least_noise": 1.0}, None),
+        ({"least_noise": 1.01}, "privacy.noise_multiplier=1 is less than least_noise=1.01"),
+        ({"max_delta": 1e-5, "max_epsilon": 0.1}, None),  # a round that would overspend is refused when it comes
+        ({"max_delta": 1e-6}, "privacy.delta=1e-05 is more than max_delta=1e-06"),
+    ],
+)
+def test_a_private_job_is_held_against_noise_and_delta(policy: dict[str, Any], refusal: str | None) -> None:
+    update = {"privacy": PRIVATE, "training": {"parts": ["head"]}, "rounds": {"weighting": "clients"}}
+    job = parse_job(JOB.model_dump(mode="json") | update, "job")
+    if refusal is None:
+        check_job(Policy(**policy), job)
+        return
+    with pytest.raises(Refused, match=refusal) as refused:
+        check_job(Policy(**policy), job)
+    assert refused.value.reason == "policy"
 
 
 def test_a_job_that_shares_no_updates_passes() -> None:
@@ -86,6 +110,8 @@ def test_a_policy_file_is_read(tmp_path: Path) -> None:
         ("max_rounds: none", "max_rounds"),
         ("servers: [abc]", "servers.0"),
         ("least_noise: .nan", "least_noise"),
+        ("max_epsilon: 8", "it needs max_delta"),
+        ("max_delta: 2", "max_delta"),
         ("- 1", "mapping of settings"),
         ("{", "not YAML"),
         ("[" * 5000, "nested too deeply|not YAML"),

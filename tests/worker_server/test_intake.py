@@ -154,3 +154,12 @@ def test_a_weight_beyond_all_tokens_of_a_round_is_refused_where_tokens_weigh() -
     assert error.value.reason == "weight"
     by_rows = intake().job.model_copy(update={"rounds": Rounds(weighting="rows")})
     assert replace(intake(), job=by_rows).update(SESSION, beyond, frames).weight == 101
+
+
+def test_where_all_clients_count_alike_any_other_weight_is_refused() -> None:
+    message, frames = update([("x", torch.zeros(2, 2)), ("y", torch.zeros(3))])
+    alike = replace(intake(), job=intake().job.model_copy(update={"rounds": Rounds(weighting="clients")}))
+    assert alike.update(SESSION, message.model_copy(update={"weight": 1}), frames).weight == 1
+    with pytest.raises(Refused, match="all clients count alike") as error:
+        alike.update(SESSION, message.model_copy(update={"weight": 2}), frames)
+    assert error.value.reason == "weight"

@@ -138,3 +138,20 @@ def test_checkpoints_of_another_job_or_model_are_refused(model: Path, tmp_path: 
     changed.fingerprint = Checkpoint(str(save_tiny_model("llama", tmp_path / "other", seed=1))).fingerprint()
     with pytest.raises(CheckpointError, match="another model"):
         changed.begin()
+
+
+def test_under_central_privacy_no_older_round_is_gone_back_to(model: Path, tmp_path: Path) -> None:
+    """Its result was told: another noise on the same updates would cost the clients twice."""
+    settings = {
+        "training": {"parts": ["head"]},
+        "rounds": {"weighting": "clients"},
+        "privacy": {"type": "central", "clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-5},
+    }
+    progress = progress_of(model, tmp_path / "state", **settings)
+    progress.begin()
+    progress.complete_round({"x": torch.zeros(2)})
+    progress_of(model, tmp_path / "state", **settings).begin()
+    corrupt(tmp_path / "state", 1)
+    with pytest.raises(CheckpointError, match="no older one is gone back to") as error:
+        progress_of(model, tmp_path / "state", **settings).begin()
+    assert "checkpoint-1" in str(error.value.hint)

@@ -84,6 +84,16 @@ def aggregates(replicas: Replicas) -> Any:
     return [aggregated(aggregation, mine, replicas) for aggregation in AGGREGATIONS]
 
 
+def noises(replicas: Replicas) -> Any:
+    """The values after a round under central privacy, of one update a replica; and the noise of a second draw."""
+    privacy = {"type": "central", "clip_norm": 3.0, "noise_multiplier": 2.0, "delta": 1e-5}
+    shared = {"rounds": {"weighting": "clients"}, "training": {"parts": ["head"]}, "cohort": {"clients": 2}}
+    job = parse_job({"model_name_or_path": "m", "privacy": privacy, **shared}, "job")
+    start = {"x": torch.zeros(10_000)}
+    update = Update(str(replicas.place.replica), 1, {"x": torch.full((10_000,), 0.01 * replicas.place.replica)})
+    return [aggregate(job, start, [update], {}, replicas).values["x"].tolist() for _ in range(2)]
+
+
 def dies(replicas: Replicas) -> Any:
     if replicas.place.replica == 1:
         return None
@@ -134,6 +144,17 @@ def test_replicas_aggregate_as_one_server_would_and_all_the_same() -> None:
         assert alone.keys() == together.keys()
         for name, values in alone.items():
             assert together[name] == pytest.approx(values, rel=1e-5, abs=1e-7), name
+
+
+def test_replicas_add_one_noise_together_and_the_same() -> None:
+    """3.0 x 2.0 / 2 updates, around the mean of 0 and 0.01; of each one's own it would be less, or not the same."""
+    results = run(noises)
+    assert results[0] == results[1]
+    first, second = (torch.tensor(values, dtype=torch.float64) for values in results[0])
+    for values in (first, second):
+        assert float(values.std()) == pytest.approx(3.0, rel=0.03)
+        assert float(values.mean()) == pytest.approx(0.005, abs=0.15)
+    assert abs(float((first * second).mean())) < 0.5
 
 
 def test_the_end_of_a_round_is_heard_without_waiting() -> None:
