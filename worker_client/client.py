@@ -34,6 +34,7 @@ GRACE_S = 60.0
 WAIT_FOR_ROUND_S = 3600.0
 ACCEPT_ALL = Policy()
 RESULT = "flglm.json"
+TRAINED = "trained.safetensors"
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,7 @@ class Site:
 
 def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, report: Report) -> Site:
     """Agree on job and model, then read the rows."""
-    welcome = link.welcome.result().message
-    job = agreed_job(welcome, invitation)
-    check_job(settings.policy, job)
-    checkpoint = checkpoint_of(job, settings.model)
-    check_same_model(checkpoint, welcome)
+    job, checkpoint = agree(link, invitation, settings.policy, settings.model)
     rows, validation, loaded = _rows(settings, job, checkpoint)
     report(
         {
@@ -137,6 +134,19 @@ def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, repor
         }
     )
     return Site(job, load_client_parts(checkpoint, job), rows, validation)
+
+
+def agree(link: Link, invitation: Invitation, policy: Policy, model: str | None) -> tuple[Job, Checkpoint]:
+    """The invited job, if the policy allows it, and this site's copy of the server's model.
+
+    Raises HandshakeError, JobError, Refused, ModelError.
+    """
+    welcome = link.welcome.result().message
+    job = agreed_job(welcome, invitation)
+    check_job(policy, job)
+    checkpoint = checkpoint_of(job, model)
+    check_same_model(checkpoint, welcome)
+    return job, checkpoint
 
 
 def agreed_job(welcome: Welcome, invitation: Invitation) -> Job:
@@ -211,6 +221,6 @@ def _write_result(out: Path, job: Job, parts: HeadTail, score: Score | None) -> 
     }
     draft = out / f".{RESULT}.draft"
     with state_files.writing(out):
-        save_file(tensors, out / "trained.safetensors")
+        save_file(tensors, out / TRAINED)
         draft.write_text(json.dumps(document, indent=2) + "\n")
         draft.replace(out / RESULT)

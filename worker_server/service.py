@@ -178,8 +178,8 @@ class Service:
             self._carry_out(rounds.ended_elsewhere())
 
     def _all_done(self, now: float) -> bool:
-        """The job is finished and every client has left, or has had its time to."""
-        if self.rounds.stage != "finished":
+        """The job is finished and every client has left, or has had its time to; nobody is to be served any more."""
+        if self.rounds.stage != "finished" or self.settings.keep_serving:
             return False
         if self.finished_at is None:
             self.finished_at = now
