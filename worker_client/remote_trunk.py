@@ -33,7 +33,8 @@ class Boundary:
     """Between rounds: the round to train next, or None when the job is finished, and the averages of head and tail.
 
     `control`: the server's control variates (SCAFFOLD), `residuals`: by module, what is added to frozen weights
-    (FedEx-LoRA), if there are any yet. `refused`: why the update of the round before did not count, if so.
+    (FedEx-LoRA), if there are any yet. `refused`: why the update of the round before did not count, if so. `counted`:
+    how many rounds were complete when an update of this client last did, None if the server cannot say.
     """
 
     round: int | None
@@ -42,6 +43,7 @@ class Boundary:
     control: dict[str, Tensor] = field(default_factory=dict)
     residuals: dict[str, Tensor] = field(default_factory=dict)
     refused: str | None = None
+    counted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class RemoteTrunk:
         averages = {name: value for name, value in tensors.items() if not name.startswith((CONTROL, RESIDUAL))}
         finished = isinstance(reply, Finished)
         round, members = (None, 0) if finished else (reply.round, reply.members)
-        return Boundary(round, members, averages, control, residuals, reply.refused)
+        return Boundary(round, members, averages, control, residuals, reply.refused, reply.counted)
 
     def _call(self, message: Any, frames: list[memoryview]) -> Answer:
         return self.link.call(message, frames, timeout_s=self.timeout_s)

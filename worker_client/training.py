@@ -39,6 +39,10 @@ class Training:
     completed: int = field(init=False, default=0)
     control: dict[str, Tensor] = field(init=False, default_factory=dict)
     """SCAFFOLD's control variate of this client, c_i, by name; empty before its first round, and without SCAFFOLD."""
+    control_after: dict[str, Tensor] = field(init=False, default_factory=dict)
+    """What c_i becomes if the update of the round trained last counts; that only the server knows."""
+    trained: int = field(init=False, default=0)
+    """How many rounds are complete with that one."""
 
     def __post_init__(self) -> None:
         self.optimizer = self._fresh_optimizer()
@@ -50,13 +54,13 @@ class Training:
         score: Score | None = None
         while boundary.round is not None:
             self._align(boundary.round)
+            self._settle(boundary)
             self._apply(boundary)
             self.report({"event": "round", "round": boundary.round, "members": boundary.members})
             if boundary.round % self.job.rounds.evaluate_every == 0:
                 score = self._evaluate(boundary.round)
-            control = self.control
             weight = self._train_round(boundary)
-            self.completed = boundary.round + 1
+            self.completed = self.trained = boundary.round + 1
             self._save()
             if self.job.rounds.weighting == "rows":
                 weight = len(self.rows)
@@ -64,8 +68,6 @@ class Training:
             boundary = self.trunk.update(trained, weight, self._trained())
             if boundary.refused is not None:
                 self.report({"event": "update_refused", "round": trained, "reason": boundary.refused})
-                self.control = control  # the server's does not know of this round's
-                self._save()
         self._apply(boundary)
         score = self._evaluate(self.job.rounds.count)
         self.report({"event": "finished", "rounds": self.job.rounds.count})
@@ -76,7 +78,7 @@ class Training:
         drift = begin(self.job, self.parts.parameters, boundary.control, self.control)
         steps = Steps(self.job, self.parts, self.trunk, self.rows, self.optimizer, self.report, drift)
         weight = steps.train_round(boundary.round)
-        self.control = next_control(self.job, drift, self.parts.parameters)
+        self.control_after = next_control(self.job, drift, self.parts.parameters)
         return weight
 
     def _evaluate(self, round: int) -> Score | None:
@@ -148,6 +150,13 @@ class Training:
         self.report({"event": "rounds_missed", "completed": self.completed, "round": round})
         self.completed = round
 
+    def _settle(self, boundary: Boundary) -> None:
+        """Take over the control variate of the round trained last, if its update is in the server's."""
+        counted = boundary.refused is None if boundary.counted is None else boundary.counted == self.trained
+        if counted and self.control_after:
+            self.control = self.control_after
+        self.control_after = {}
+
     def _load(self, number: int) -> None:
         tensors, facts = state_files.load(self.out, number)
         if facts.get("job") != self.job.digest().hex():
@@ -156,8 +165,8 @@ class Training:
         self.optimizer = self._fresh_optimizer()
         self.optimizer.load_state(_under("optimizer/", tensors), float(facts["steps"]))
         torch.set_rng_state(tensors["random/torch"])
-        self.control = _under("control/", tensors)
-        self.completed = number
+        self.control, self.control_after = _under("control/", tensors), _under("control_after/", tensors)
+        self.completed = self.trained = number
         self.report({"event": "resumed", "round": number})
 
     def _say_unreadable(self, number: int, error: CheckpointError) -> None:
@@ -167,6 +176,7 @@ class Training:
         tensors = {f"trained/{name}": value for name, value in self._trained().items()}
         tensors |= {f"optimizer/{name}": value for name, value in self.optimizer.state().items()}
         tensors |= {f"control/{name}": value for name, value in self.control.items()}
+        tensors |= {f"control_after/{name}": value for name, value in self.control_after.items()}
         tensors["random/torch"] = torch.get_rng_state()
         facts = {"job": self.job.digest().hex(), "steps": self.optimizer.steps}
         state_files.save(self.out, self.completed, tensors, facts, keep=KEPT_CHECKPOINTS)

@@ -162,7 +162,8 @@ class Engine:
             weight = sum(ticket.weight for ticket in tickets)
             trunk.take_round_values(self.replicas.mean(trunk.round_values(), weight))
         trunk.take_residuals(result.state)
-        progress.complete_round({name: result.values[name] for name in heads_and_tails}, result.state)
+        counted = [] if result.values is start else [update.client for update in updates]
+        progress.complete_round({name: result.values[name] for name in heads_and_tails}, result.state, counted)
         return result.bounded
 
 

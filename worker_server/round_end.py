@@ -32,7 +32,7 @@ def aggregate(
     """The job's method, with the updates of all `replicas`.
 
     Where no update came, where too few came for the method to judge them, or where its result overflows, all go on
-    from `start`, and the state stays what it was.
+    from `start`, which is then what `values` is, and the state stays what it was.
     """
     method = METHODS[job.aggregation.type]
     within = bounded(start, updates, job.aggregation.max_update_norm)

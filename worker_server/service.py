@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
+from typing import Any
 
 import zmq
 from torch import Tensor
@@ -380,12 +381,14 @@ class Service:
             session = self.sessions.get(ticket.session)
             if session is None:
                 continue
-            request, refused = ticket.request, ticket.refused
+            # A client may have been at another replica in between, which this one does not know of.
+            counted = None if self.replicas is not None else self.engine.progress.counted.get(ticket.client, 0)
+            told_too: dict[str, Any] = {"request": ticket.request, "refused": ticket.refused, "counted": counted}
             answer: Message
             if round_ is None:
-                answer = Finished(request=request, rounds=self.rounds.round, refused=refused, tensors=infos)
+                answer = Finished(rounds=self.rounds.round, tensors=infos, **told_too)
             else:
-                answer = RoundStart(request=request, round=round_, members=len(answers), refused=refused, tensors=infos)
+                answer = RoundStart(round=round_, members=len(answers), tensors=infos, **told_too)
             self._send(session, answer, [frame for _, frame in encoded])
 
     def _send(self, session: Session, message: Message, tensors: Sequence[Frame] = ()) -> None:

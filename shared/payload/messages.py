@@ -78,7 +78,8 @@ class RoundStart(WithTensors):
     """Answers Join or Update: round `round` (from 0) begins. Tensors: head and tail averages, if any; control variates;
     residuals.
 
-    `refused`: why the Update that this answers did not count, if so.
+    `refused`: why the Update that this answers did not count, if so. `counted`: how many rounds were complete when one
+    of this client last did, 0 if none has; None where the server cannot say (a replica).
     """
 
     type: Literal["round_start"] = "round_start"
@@ -86,6 +87,7 @@ class RoundStart(WithTensors):
     round: Count
     members: Count
     refused: Reason | None = None
+    counted: Count | None = None
 
 
 class Forward(WithTensors):
@@ -159,12 +161,13 @@ class Update(WithTensors):
 
 
 class Finished(WithTensors):
-    """Answers Join or Update: the job is done. Tensors: the last averages. `refused` as in RoundStart."""
+    """Answers Join or Update: the job is done. Tensors: the last averages. The rest as in RoundStart."""
 
     type: Literal["finished"] = "finished"
     request: RequestId
     rounds: Count
     refused: Reason | None = None
+    counted: Count | None = None
 
 
 class Leave(Message):

@@ -152,6 +152,11 @@ def test_what_was_added_to_frozen_weights_is_there_too(adapters: Any, model: Pat
             assert added
             joint.parts.residuals.put({})
             assert log_probability(joint, TEST_ROWS) != pytest.approx(scored, rel=1e-6)
+    with (
+        serving(job, tmp_path, ["a"], keep_serving=True) as again,  # the finished job, from its checkpoint
+        joint_model(SessionSettings(tmp_path / "a"), invitation_to(again), again.clients["a"], again.context) as joint,
+    ):
+        assert log_probability(joint, TEST_ROWS) == pytest.approx(scored, rel=1e-6)
     at_hand = load_local_model(str(model), trained_by=Trained(tmp_path / "a", tmp_path / "server-state"))
     assert log_probability(at_hand, TEST_ROWS) == pytest.approx(scored, rel=1e-5)
 
