@@ -205,15 +205,20 @@ def unpack_from_server(frames: Sequence[Frame]) -> tuple[FromServer, Sequence[Fr
     return _unpack(SERVER_MESSAGES, frames)
 
 
+def message_of(schema: TypeAdapter[Any], frame: Frame) -> Any:
+    """What a peer's first frame says, by one of the closed schemas. Raises SchemaError; has no effect otherwise."""
+    if memoryview(frame).nbytes > MAX_MESSAGE_BYTES:
+        raise SchemaError(f"a message has at most {MAX_MESSAGE_BYTES} bytes")
+    try:
+        return schema.validate_python(msgpack.unpackb(frame, strict_map_key=True, use_list=False))
+    except (ValueError, ValidationError, msgpack.UnpackException) as error:
+        raise SchemaError(f"a message that breaks its schema ({type(error).__name__})") from None
+
+
 def _unpack(schema: TypeAdapter[Any], frames: Sequence[Frame]) -> tuple[Any, Sequence[Frame]]:
     if not frames:
         raise SchemaError("a record without frames")
-    if memoryview(frames[0]).nbytes > MAX_MESSAGE_BYTES:
-        raise SchemaError(f"a message has at most {MAX_MESSAGE_BYTES} bytes")
-    try:
-        message = schema.validate_python(msgpack.unpackb(frames[0], strict_map_key=True, use_list=False))
-    except (ValueError, ValidationError, msgpack.UnpackException) as error:
-        raise SchemaError(f"a message that breaks its schema ({type(error).__name__})") from None
+    message = message_of(schema, frames[0])
     tensors = frames[1:]
     announced = len(getattr(message, "tensors", ()))
     if announced != len(tensors):
