@@ -118,24 +118,24 @@ class Attacker:
             self.malice = self._open()
 
 
-def resident_mib() -> float:
+def resident_mb() -> float:
     """What this process holds in memory now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+    return pages * resource.getpagesize() / 1e6
 
 
 def attack(job: Job, folder: Path, messages: int, seed: int) -> tuple[Attacker, Counter[str], float]:
-    """The attacker, refusals by code at broker and server, and by how many MiB memory grew after the first fifth."""
+    """The attacker, refusals by code at broker and server, and by how many MB memory grew after the first fifth."""
     # What the broker would hold back is to reach the server.
     unbounded = IN_PROCESS.model_copy(update={"max_unanswered": 2**31})
     with serving(job, folder, ["honest", "hostile"], broker_settings=unbounded) as running:
         attacker, warm_until = Attacker(running, seed), messages // 5
-        warm = resident_mib()
+        warm = resident_mb()
         while sum(attacker.sent.values()) < messages:
             attacker.batch()
             if warm_until and sum(attacker.sent.values()) > warm_until:
-                warm, warm_until = resident_mib(), 0
-        grown = resident_mib() - warm
+                warm, warm_until = resident_mb(), 0
+        grown = resident_mb() - warm
         honest = Background("honest", lambda: train_one(running, "honest", Site(random_rows(8, 0)), folder))
         while honest.thread.is_alive():  # the job ends with it, and the server with the job
             with contextlib.suppress(TimeoutError):
@@ -173,7 +173,7 @@ def main() -> None:
         "sent": dict(attacker.sent),
         "refused": by_code,
         "honest_model_difference": difference,
-        "memory_grew_mib": grown,
+        "memory_grew_mb": grown,
         "seconds": seconds,
     }
     rows = [[kind, f"{count:,}"] for kind, count in attacker.sent.items()]
@@ -181,7 +181,7 @@ def main() -> None:
     goals = [
         Goal("messages", sent, messages, at_most=False),
         Goal("honest_model_difference", difference, 0, at_most=True),
-        Goal("memory_grew_mib", grown, 64, at_most=True),
+        Goal("memory_grew_mb", grown, 64, at_most=True),
     ]
     publish("fuzz", ["sent, and refused by code", "messages"], rows, figures, goals, as_json=given.json)
 

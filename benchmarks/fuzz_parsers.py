@@ -81,8 +81,9 @@ def inside(target: str, folder: Path, seconds: int, seed: int) -> None:
     import atheris
 
     with atheris.instrument_imports(include=INSTRUMENTED):
+        from benchmarks import fuzz_secagg_targets, fuzz_targets  # noqa: F401 - which register theirs
+        from benchmarks.fuzz_registry import TARGETS
         from benchmarks.fuzz_seeds import SEEDS
-        from benchmarks.fuzz_targets import TARGETS
     run, corpus = TARGETS[target], folder / "corpus"
     corpus.mkdir()
     for index, valid in enumerate(SEEDS[target]()):

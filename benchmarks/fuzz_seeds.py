@@ -1,14 +1,13 @@
 """Valid inputs of every parser that faces a socket or a file: what fuzzing starts from, and the keys behind it.
 
-All keys are fixed, so that an input found in one process does the same in another. Several frames are one input with
-the length of each before it (2 bytes, big-endian).
+All keys are fixed, so that an input found in one process does the same in another.
 """
 
 import functools
 import json
 import struct
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from benchmarks.fuzz_frames import joined
+from benchmarks.fuzz_secagg import SECAGG_SEEDS
 from shared import state_files
 from shared.identity import Identity, card_of, fingerprint, key_digest
 from shared.invitations import BrokerAt, Invitation
@@ -40,21 +41,6 @@ SESSION, RECORD_KEY = b"s" * 16, b"k" * 32
 OPEN = envelope.Open(version=1, session=SESSION, server=key_digest(SERVER_PUBLIC), job=bytes(32))
 MODEL = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "dtype": "float32", "head_dim": 8}
 SHAPES = ((3, 2), (17, 33), (5,), (), (0, 4))
-
-
-def joined(frames: Sequence[Frame]) -> bytes:
-    """Frames as one input."""
-    return b"".join(len(frame).to_bytes(2, "big") + bytes(frame) for frame in frames)
-
-
-def separated(data: bytes) -> list[bytes]:
-    """The frames of any input; the last may be cut off."""
-    frames, at = [], 0
-    while at + 2 <= len(data):
-        size = int.from_bytes(data[at : at + 2], "big")
-        frames.append(data[at + 2 : at + 2 + size])
-        at += 2 + size
-    return frames
 
 
 def client_handshake() -> ClientHandshake:
@@ -216,4 +202,5 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "checkpoint_tensors": lambda: [_checkpoint()[1]],
     "model_config": lambda: [json.dumps(MODEL).encode(), json.dumps({"model_type": "gpt2", "n_embd": 8}).encode()],
     "model_index": lambda: [json.dumps({"weight_map": {"weight": "model.safetensors"}}).encode()],
+    **SECAGG_SEEDS,
 }

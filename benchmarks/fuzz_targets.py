@@ -13,7 +13,7 @@ import math
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from benchmarks.fuzz_frames import separated
+from benchmarks.fuzz_registry import target
 from benchmarks.fuzz_seeds import (
     CLIENT,
     CLIENT_PUBLIC,
@@ -39,7 +41,6 @@ from benchmarks.fuzz_seeds import (
     client_handshake,
     message_2,
     records,
-    separated,
 )
 from benchmarks.tiny_models import save_word_tokenizer
 from launcher.supervisor import KINDS, load_plan
@@ -82,32 +83,6 @@ CHAT = (
     "{% for m in messages %}w9 {{ m.content }} {% for tool in m.tools or [] %}{{ tool.name }} {% endfor %}w8 "
     "{% endfor %}{% if add_generation_prompt %}w9 {% endif %}"
 )
-
-Target = Callable[[bytes], bool]
-TARGETS: dict[str, Target] = {}
-
-
-def target(*promised: type[FlglmError]) -> Callable[[Callable[[bytes], None]], Target]:
-    """A parser that may raise `promised`, as a target of its name."""
-
-    def made(parser: Callable[[bytes], None]) -> Target:
-        @functools.wraps(parser)
-        def run(data: bytes) -> bool:
-            try:
-                parser(data)
-            except promised as error:
-                return _refused(error)
-            return True
-
-        TARGETS[parser.__name__] = run
-        return run
-
-    return made
-
-
-def _refused(error: FlglmError) -> bool:
-    assert error.message.isprintable()
-    return False
 
 
 @target(FrameError, EnvelopeError)

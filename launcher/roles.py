@@ -106,6 +106,10 @@ def server(
     max_sessions: Annotated[
         int, typer.Option("--max-sessions", min=1, help="open sessions, of all clients together")
     ] = 1024,
+    keep_serving: Annotated[
+        bool,
+        typer.Option("--keep-serving", help="after the last round: answer evaluations and generation until stopped"),
+    ] = False,
     metrics_address: MetricsOption = None,
     verbose: VerboseOption = False,
     format: FormatOption = Format.TXT,
@@ -128,6 +132,7 @@ def server(
         max_kept_tokens=max_kept_tokens,
         max_cached_tokens=max_cached_tokens,
         max_sessions=max_sessions,
+        keep_serving=keep_serving,
     )
     running = Server(settings, loaded, identity, AllowList(clients).names)
     _on_signals(running.stop)

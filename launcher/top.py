@@ -7,7 +7,7 @@ from rich.table import Table
 
 from shared.errors import ConnectionFailed
 
-MIB = 2**20
+MB = 10**6
 Metrics = Mapping[str, float]
 
 
@@ -41,7 +41,7 @@ def _broker(before: Look, now: Look) -> dict[str, float | str]:
         "clients": now.metrics[f'{prefix}_peers{{side="client"}}'],
         "servers": now.metrics[f'{prefix}_peers{{side="server"}}'],
         "messages_per_s": _rate(before, now, f"{prefix}_messages_total"),
-        "mib_per_s": _rate(before, now, f"{prefix}_bytes_total") / MIB,
+        "mb_per_s": _rate(before, now, f"{prefix}_bytes_total") / MB,
         "held_back": now.metrics[f"{prefix}_waiting_messages"],
         "refusals_per_s": _rate(before, now, f"{prefix}_refusals_total"),
     }
@@ -59,7 +59,7 @@ def _server(before: Look, now: Look) -> dict[str, float | str]:
         "wait_ms": 1000 * _mean(before, now, f"{prefix}_wait_seconds"),
         "tokens_per_s": _rate(before, now, f"{prefix}_cohort_tokens_total"),
         "trunk_busy": _rate(before, now, f"{prefix}_compute_seconds_total"),
-        "mib_per_s": _rate(before, now, f"{prefix}_bytes_total") / MIB,
+        "mb_per_s": _rate(before, now, f"{prefix}_bytes_total") / MB,
         "refusals_per_s": _rate(before, now, f"{prefix}_refusals_total"),
         "checkpoint_age_s": now.metrics.get(f"{prefix}_checkpoint_age_seconds", 0.0),
     }
@@ -68,7 +68,7 @@ def _server(before: Look, now: Look) -> dict[str, float | str]:
 def _process(before: Look, now: Look) -> dict[str, float | str]:
     return {
         "cores": _rate(before, now, "process_cpu_seconds_total"),
-        "memory_mib": now.metrics.get("process_resident_memory_bytes", 0.0) / MIB,
+        "memory_mb": now.metrics.get("process_resident_memory_bytes", 0.0) / MB,
     }
 
 

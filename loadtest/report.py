@@ -9,7 +9,7 @@ from typing import Any
 from launcher.charts import Bar, BarGroup, Line, bar_chart, line_chart
 from launcher.html_page import html_page
 from loadtest.measure import Sample
-from loadtest.summary import ROLES, memory_mib
+from loadtest.summary import ROLES, memory_mb
 
 TEMPLATE = Path(__file__).with_name("page.html")
 STATES = ("training", "waiting", "connecting", "away")
@@ -27,7 +27,7 @@ def event_of(sample: Sample) -> dict[str, Any]:
         "requests_per_s": sample.counts.sums["requests"] / sample.span_s,
         "latencies": {kind: durations.summary() for kind, durations in sample.counts.latencies.items()},
         "queue": sample.server["flglm_server_queue_requests"],
-        "memory_mib": {role: memory_mib(sample, role) for role in ROLES},
+        "memory_mb": {role: memory_mb(sample, role) for role in ROLES},
         "errors": dict(sample.counts.errors),
     }
 
@@ -35,18 +35,18 @@ def event_of(sample: Sample) -> dict[str, Any]:
 def describe_in_words(summary: dict[str, Any], out: Path | None) -> str:
     """A few lines for people."""
     forward, backward = summary["latencies"]["forward"], summary["latencies"]["backward"]
-    throughput, memory = summary["throughput"], summary["memory_mib"]
+    throughput, memory = summary["throughput"], summary["memory_mb"]
     cores = ", ".join(f"{role} {busy:.2f}" for role, busy in summary["cpu_cores"].items())
     lines = [
         f"{summary['clients']:,} of {summary['clients_asked_for']:,} clients connected at once, "
         f"{summary['errors']:,} errors{_by_code(summary['errors_by_code'])}",
         f"requests     {throughput['requests_per_s']:,.0f}/s, {throughput['tokens_per_s']:,.0f} tokens/s, "
-        f"{throughput['mib_per_s']:,.1f} MiB/s",
+        f"{throughput['mb_per_s']:,.1f} MB/s",
         f"forward      p50 {_ms(forward['p50'])}, p95 {_ms(forward['p95'])}, p99 {_ms(forward['p99'])}",
         f"backward     p50 {_ms(backward['p50'])}, p95 {_ms(backward['p95'])}, p99 {_ms(backward['p99'])}",
         f"cohorts      {summary['cohorts']['count']:,}, {summary['cohorts']['mean_requests']:.1f} requests each",
         f"queue        {summary['queue']['mean']:,.0f} requests on average, {summary['queue']['max']:,.0f} at most",
-        "memory       " + ", ".join(f"{role} {memory[role]['peak']:,.0f} MiB" for role in ROLES),
+        "memory       " + ", ".join(f"{role} {memory[role]['peak']:,.0f} MB" for role in ROLES),
         f"busy cores   {cores}; {summary['busiest']} breaks first",
     ]
     return "\n".join(lines + ([] if out is None else [f"report       {out / 'report.html'} (and report.json)"]))
@@ -79,7 +79,7 @@ def page(summary: dict[str, Any], samples: Sequence[Sample]) -> str:
             {name: _forward_ms(share) for name, share in PERCENTILES.items()},
         ),
         clients=_over_time("clients", samples, {state: _in_state(state) for state in STATES}),
-        memory=_over_time("memory in MiB", samples, {role: _memory(role) for role in ROLES}),
+        memory=_over_time("memory in MB", samples, {role: _memory(role) for role in ROLES}),
         cohorts=_bars("cohorts by size", {edge: count for edge, count in summary["cohorts"]["sizes"].items() if count}),
         cores=_bars("busy cores", summary["cpu_cores"]),
         refusals=_refusals(summary),
@@ -103,7 +103,7 @@ def _in_state(state: str) -> Reading:
 
 
 def _memory(role: str) -> Reading:
-    return lambda sample: memory_mib(sample, role)
+    return lambda sample: memory_mb(sample, role)
 
 
 def _over_time(title: str, samples: Sequence[Sample], readings: dict[str, Reading]) -> str:
@@ -124,7 +124,7 @@ def _tiles(summary: dict[str, Any]) -> str:
     tiles = [
         (f"{throughput['requests_per_s']:,.0f}", "requests a second"),
         (f"{throughput['tokens_per_s']:,.0f}", "tokens a second"),
-        (f"{throughput['mib_per_s']:,.1f} MiB", "of tensors a second"),
+        (f"{throughput['mb_per_s']:,.1f} MB", "of tensors a second"),
         (_ms(forward["p50"]), "forward, median"),
         (_ms(forward["p99"]), "forward, 99 %"),
         (f"{summary['cohorts']['mean_requests']:.1f}", "requests in a cohort"),

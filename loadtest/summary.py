@@ -8,7 +8,7 @@ from loadtest.counts import KINDS, Counts
 from loadtest.measure import Sample
 from loadtest.plan import Plan
 
-MIB = 2**20
+MB = 10**6
 ROLES = ("broker", "server", "crowd")
 Reading = Callable[[Sample], float]
 
@@ -34,7 +34,7 @@ def summarise(plan: Plan, samples: Sequence[Sample]) -> dict[str, Any]:
             "requests_per_s": sums["requests"] / seconds,
             "steps_per_s": sums["steps"] / seconds,
             "tokens_per_s": sums["tokens"] / seconds,
-            "mib_per_s": (sums["bytes_up"] + sums["bytes_down"]) / MIB / seconds,
+            "mb_per_s": (sums["bytes_up"] + sums["bytes_down"]) / MB / seconds,
         },
         "latencies": {kind: counts.latencies[kind].summary() for kind in KINDS},
         "cohorts": _cohorts(samples[-1].server),
@@ -43,7 +43,7 @@ def summarise(plan: Plan, samples: Sequence[Sample]) -> dict[str, Any]:
             "max": max(sample.server["flglm_server_queue_requests"] for sample in measured),
         },
         "wait_s_mean": _ratio(samples[-1].server, "flglm_server_wait_seconds_sum", "flglm_server_wait_seconds_count"),
-        "memory_mib": {role: _memory(samples, measured, role) for role in ROLES},
+        "memory_mb": {role: _memory(samples, measured, role) for role in ROLES},
         "cpu_cores": cores,
         "busiest": max(cores, key=lambda role: cores[role]),
         "refusals": {
@@ -56,10 +56,10 @@ def summarise(plan: Plan, samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def memory_mib(sample: Sample, role: str) -> float:
+def memory_mb(sample: Sample, role: str) -> float:
     if role == "crowd":
-        return sample.crowd["memory_bytes"] / MIB
-    return _of(sample, role)["process_resident_memory_bytes"] / MIB
+        return sample.crowd["memory_bytes"] / MB
+    return _of(sample, role)["process_resident_memory_bytes"] / MB
 
 
 def cpu_s(sample: Sample, role: str) -> float:
@@ -78,10 +78,10 @@ def _cores(samples: Sequence[Sample], measured: Sequence[Sample], role: str) -> 
 
 def _memory(samples: Sequence[Sample], measured: Sequence[Sample], role: str) -> dict[str, float]:
     """When nobody had come yet, when measuring began, at the end, and the most that a sample saw."""
-    readings = [memory_mib(sample, role) for sample in samples]
+    readings = [memory_mb(sample, role) for sample in samples]
     return {
         "empty": readings[0],
-        "start": memory_mib(measured[0], role),
+        "start": memory_mb(measured[0], role),
         "end": readings[-1],
         "peak": max(readings),
     }

@@ -1,7 +1,7 @@
 """Which rows a step takes, and rows as one packed batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,17 @@ def pack_rows(rows: Sequence[Row], prompt_tokens: int = 0) -> Batch:
         torch.tensor(targets, dtype=torch.int64),
         torch.tensor(owner, dtype=torch.int64),
     )
+
+
+def with_virtual_tokens(batch: Batch, prompt_tokens: int) -> Batch:
+    """The batch with so many virtual tokens before each of its rows."""
+    if not prompt_tokens:
+        return batch
+    before = torch.tensor(virtual_ids(prompt_tokens))
+    ids = torch.cat([piece for row in torch.split(batch.input_ids, list(batch.lengths)) for piece in (before, row)])
+    ends = torch.tensor(batch.lengths).cumsum(0)
+    at = batch.at + prompt_tokens * (1 + torch.searchsorted(ends, batch.at, right=True))
+    return replace(batch, input_ids=ids, lengths=tuple(prompt_tokens + length for length in batch.lengths), at=at)
 
 
 def batch_indices(rows: int, batch_size: int, step: int, seed: int) -> list[int]:

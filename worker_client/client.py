@@ -38,6 +38,7 @@ GRACE_S = 60.0
 WAIT_FOR_ROUND_S = 3600.0
 ACCEPT_ALL = Policy()
 RESULT = "flglm.json"
+TRAINED = "trained.safetensors"
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,7 @@ class Site:
 
 def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, report: Report) -> Site:
     """Agree on job and model, then read the rows."""
-    welcome = link.welcome.result().message
-    job = agreed_job(welcome, invitation)
-    check_job(settings.policy, job)
-    checkpoint = checkpoint_of(job, settings.model)
-    check_same_model(checkpoint, welcome)
+    job, checkpoint = agree(link, invitation, settings.policy, settings.model)
     rows, validation, loaded = _rows(settings, job, checkpoint)
     report(
         {
@@ -166,6 +163,19 @@ def ledger_of(data: Path, ledger: Path | None, policy: Policy, job: Job) -> Ledg
     if job.privacy.type == "none":
         return None
     return Ledger(ledger or default_path(data), digest_of(data), policy.max_epsilon, policy.max_delta)
+
+
+def agree(link: Link, invitation: Invitation, policy: Policy, model: str | None) -> tuple[Job, Checkpoint]:
+    """The invited job, if the policy allows it, and this site's copy of the server's model.
+
+    Raises HandshakeError, JobError, Refused, ModelError.
+    """
+    welcome = link.welcome.result().message
+    job = agreed_job(welcome, invitation)
+    check_job(policy, job)
+    checkpoint = checkpoint_of(job, model)
+    check_same_model(checkpoint, welcome)
+    return job, checkpoint
 
 
 def agreed_job(welcome: Welcome, invitation: Invitation) -> Job:
@@ -241,6 +251,6 @@ def _write_result(out: Path, job: Job, parts: HeadTail, score: Score | None, pri
     }
     draft = out / f".{RESULT}.draft"
     with state_files.writing(out):
-        save_file(tensors, out / "trained.safetensors")
+        save_file(tensors, out / TRAINED)
         draft.write_text(json.dumps(document, indent=2) + "\n")
         draft.replace(out / RESULT)

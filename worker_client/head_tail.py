@@ -115,6 +115,11 @@ def load_client_parts(checkpoint: Checkpoint, job: Job) -> HeadTail:
     trunk = None
     if "trunk" in job.client_parts:
         trunk = load_part(checkpoint, plan, "trunk", dtype=TRUNK_DTYPES[job.training.trunk_dtype])
+    return trainable_parts(head, tail, trunk, job)
+
+
+def trainable_parts(head: Part, tail: Part, trunk: Part | None, job: Job) -> HeadTail:
+    """These parts, changed in place, with what the job trains in them. `trunk`: where clients hold it. Raises JobError."""
     parts = [part for part in (head, trunk, tail) if part is not None]
     for part in parts:
         make_trainable(part, job)

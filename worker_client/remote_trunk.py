@@ -40,8 +40,9 @@ class Boundary:
     """Between rounds: the round to train next, or None when the job is finished, and the averages of head and tail.
 
     `control`: the server's control variates (SCAFFOLD), `residuals`: by module, what is added to frozen weights
-    (FedEx-LoRA), if there are any yet. `sum`: among whom updates are masked, if they are. `refused`: why the update of
-    the round before did not count, if so.
+    (FedEx-LoRA), if there are any yet. `refused`: why the update of the round before did not count, if so. `counted`:
+    how many rounds were complete when an update of this client last did, None if the server cannot say. `sum`: among
+    whom updates are masked, if they are.
     """
 
     round: int | None
@@ -50,6 +51,7 @@ class Boundary:
     control: dict[str, Tensor] = field(default_factory=dict)
     residuals: dict[str, Tensor] = field(default_factory=dict)
     refused: str | None = None
+    counted: int | None = None
     sum: SumOf | None = None
 
 
@@ -189,7 +191,7 @@ class RemoteTrunk:
         averages = {name: value for name, value in tensors.items() if not name.startswith((CONTROL, RESIDUAL))}
         finished = isinstance(reply, Finished)
         round, members, sum = (None, 0, None) if finished else (reply.round, reply.members, reply.sum)
-        return Boundary(round, members, averages, control, residuals, reply.refused, sum)
+        return Boundary(round, members, averages, control, residuals, reply.refused, reply.counted, sum)
 
     def _call(self, message: Any, frames: Sequence[Frame]) -> Answer:
         return self.link.call(message, frames, timeout_s=self.round_timeout_s)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from shared.model.optimizer import PartOptimizer
 from shared.model.trainable import load_trained
 from shared.secure_aggregation.terms import Terms
 from worker_client.batches import pack_rows
+from worker_client.carried import Carried, carried_in
 from worker_client.data import Row
 from worker_client.drift import begin, next_control
 from worker_client.head_tail import NO_SCORE, HeadTail, Score
@@ -29,6 +30,8 @@ KEPT_CHECKPOINTS = 3
 LEFT_BEHIND = ("not_in_round", "wrong_step")
 # The difference that was handed in for the round before, in a job with privacy: this, then the tensor's name.
 HANDED_IN = "handed_in/"
+# What is carried on if the update counts: this, then as what was carried before.
+AFTER = "after/"
 
 
 @dataclass
@@ -50,8 +53,11 @@ class Training:
     protection: Protection | None = None
     optimizer: PartOptimizer = field(init=False)
     completed: int = field(init=False, default=0)
-    control: dict[str, Tensor] = field(init=False, default_factory=dict)
-    """SCAFFOLD's control variate of this client, c_i, by name; empty before its first round, and without SCAFFOLD."""
+    carried: Carried = field(init=False, default=Carried())
+    after: Carried | None = field(init=False, default=None)
+    """What is carried on if the update of the round trained last counts."""
+    trained: int = field(init=False, default=0)
+    """How many rounds are complete with that one."""
 
     def __post_init__(self) -> None:
         assert (self.protection is None) == (self.job.privacy.type == "none")
@@ -69,6 +75,7 @@ class Training:
         while (round := boundary.round) is not None:
             terms = masked.terms(boundary)
             self._align(round)
+            self._settle(boundary)
             self._apply(boundary)
             spent = {} if self.protection is None else self.protection.so_far()
             self.report({"event": "round", "round": round, "members": boundary.members, **spent})
@@ -89,13 +96,12 @@ class Training:
 
     def _take_part(self, round: int, boundary: Boundary, masked: MaskedUpdates, terms: Terms | None) -> Boundary:
         """Train a round and hand in what came of it; where the next begins."""
-        control = self.control
         start = {} if terms is None else {name: value.clone() for name, value in _values(self.parts.shared).items()}
         weight = self._weight(self._train_round(round, boundary))
         update = _values(self.parts.shared)
         if self.protection is not None:
             update = self.protection.hand_in(round, update)
-        self.completed = round + 1
+        self.completed = self.trained = round + 1
         self._save()
         if terms is None:
             after = self.trunk.update(round, weight, update)
@@ -103,8 +109,6 @@ class Training:
             after = masked.hand_in(self.trunk, terms, round, weight, start, update)
         if after.refused is not None:
             self.report({"event": "update_refused", "round": round, "reason": after.refused})
-            self.control = control  # the server's does not know of this round's
-            self._save()
         return after
 
     def _left_behind(self, round: int) -> Boundary:
@@ -117,10 +121,11 @@ class Training:
         return self.trunk.join(len(self.rows))
 
     def _train_round(self, round: int, boundary: Boundary) -> int:
-        drift = begin(self.job, self.parts.shared, boundary.control, self.control)
+        drift = begin(self.job, self.parts.shared, boundary.control, self.carried.control)
         steps = Steps(self.job, self.parts, self.trunk, self.rows, self.optimizer, self.report, drift)
         weight = steps.train_round(round)
-        self.control = next_control(self.job, drift, self.parts.shared)
+        after = replace(self.carried, control=next_control(self.job, drift, self.parts.shared))
+        self.after = after if after.finite else None
         return weight
 
     def _weight(self, target_tokens: int) -> int:
@@ -207,6 +212,13 @@ class Training:
             else:
                 return
 
+    def _settle(self, boundary: Boundary) -> None:
+        """Carry on what came of the round trained last, if its update counted."""
+        counted = boundary.refused is None if boundary.counted is None else boundary.counted == self.trained
+        if counted and self.after is not None:
+            self.carried = self.after
+        self.after = None
+
     def _load(self, number: int) -> None:
         tensors, facts = state_files.load(self.out, number)
         if facts.get("job") != self.job.digest().hex():
@@ -215,8 +227,9 @@ class Training:
         self.optimizer = self._fresh_optimizer()
         self.optimizer.load_state(_under("optimizer/", tensors), float(facts["steps"]))
         torch.set_rng_state(tensors["random/torch"])
-        self.control = _under("control/", tensors)
-        self.completed = number
+        self.carried = carried_in(tensors)
+        self.after = carried_in(tensors, AFTER) if facts.get("carries_on") else None
+        self.completed = self.trained = number
         self.report({"event": "resumed", "round": number})
 
     def _handed_in(self, round: int) -> dict[str, Tensor]:
@@ -241,11 +254,12 @@ class Training:
     def _save(self) -> None:
         tensors = {f"trained/{name}": value for name, value in _values(self.parts.parameters).items()}
         tensors |= {f"optimizer/{name}": value for name, value in self.optimizer.state().items()}
-        tensors |= {f"control/{name}": value for name, value in self.control.items()}
+        tensors |= self.carried.tensors() | ({} if self.after is None else self.after.tensors(AFTER))
         if self.protection is not None:
             tensors |= {HANDED_IN + name: value for name, value in self.protection.kept.items()}
         tensors["random/torch"] = torch.get_rng_state()
-        facts = {"job": self.job.digest().hex(), "steps": self.optimizer.steps}
+        carries_on = self.after is not None
+        facts = {"job": self.job.digest().hex(), "steps": self.optimizer.steps, "carries_on": carries_on}
         state_files.save(self.out, self.completed, tensors, facts, keep=KEPT_CHECKPOINTS)
 
 

@@ -191,7 +191,9 @@ class Engine:
         if self.replicas is not None:
             trunk.take_round_values(self.replicas.mean(trunk.round_values(), weight))
         trunk.take_residuals(result.state)
-        progress.complete_round({name: result.values[name] for name in heads_and_tails}, result.state)
+        contributors = [update.client for update in updates] if summed is None else summed.contributors
+        counted = () if result.values is start else contributors
+        progress.complete_round({name: result.values[name] for name in heads_and_tails}, result.state, counted)
         if self.replicas is not None and isinstance(progress.job.privacy, CentralPrivacy):
             # Nobody is told before all have kept it: a round begun again gets other noise, and would be paid for twice.
             self.replicas.total(1)

@@ -3,7 +3,7 @@ the aggregator's state."""
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 class Progress:
     """`round` completed rounds; `averages` of the clients' parts by global name (empty before the first).
 
-    `initial`: what those begin with; `aggregator`: the state of its method of aggregation. `kept_at`: when
-    (monotonic) the checkpoint of that round was written or read. `clients`: those from whom the next round is drawn,
-    where it is (cohort.sampled).
+    `initial`: what those begin with; `aggregator`: the state of its method of aggregation. `counted`: by client, how
+    many rounds were complete when an update of it last counted. `kept_at`: when (monotonic) the checkpoint of that
+    round was written or read. `clients`: those from whom the next round is drawn, where it is (cohort.sampled).
     """
 
     folder: Path
@@ -42,6 +42,7 @@ class Progress:
     averages: dict[str, Tensor] | None = None
     initial: Callable[[], dict[str, Tensor]] = dict
     aggregator: Mapping[str, Tensor] = field(default_factory=dict)
+    counted: Mapping[str, int] = field(default_factory=dict)
     kept_at: float | None = None
     clients: tuple[str, ...] = ()
 
@@ -78,6 +79,7 @@ class Progress:
         self.aggregator = {n.removeprefix("aggregator/"): t for n, t in tensors.items() if n.startswith("aggregator/")}
         self.trunk.take_residuals(self.aggregator)
         self.clients = tuple(facts.get("clients", ()))
+        self.counted = dict(facts.get("counted", {}))
         self.round = number
         self.kept_at = time.monotonic()
 
@@ -92,11 +94,17 @@ class Progress:
         told = {n: value for n, value in self.aggregator.items() if n.startswith(CONTROL) or n in residuals}
         return {**averages, **told}
 
-    def complete_round(self, averages: dict[str, Tensor], aggregator: Mapping[str, Tensor] | None = None) -> None:
-        """One more round is done, with these averages; on disk before anyone is told."""
+    def complete_round(
+        self,
+        averages: dict[str, Tensor],
+        aggregator: Mapping[str, Tensor] | None = None,
+        counted: Iterable[str] = (),
+    ) -> None:
+        """One more round is done, with these averages, of these clients' updates; on disk before anyone is told."""
         self.averages = averages
         self.aggregator = aggregator or {}
         self.round += 1
+        self.counted = {**self.counted, **dict.fromkeys(counted, self.round)}
         self.save()
 
     def bind(self, round: int, clients: Sequence[str]) -> None:
@@ -129,6 +137,7 @@ class Progress:
             "model": vars(self.fingerprint),
             "steps": self.trunk.steps,
             "clients": self.clients,
+            "counted": dict(self.counted),
         }
         path = state_files.save(self.folder, self.round, tensors, facts, keep=KEPT_CHECKPOINTS)
         self.kept_at = time.monotonic()

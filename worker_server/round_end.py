@@ -42,7 +42,7 @@ def aggregate(
     `summed`: the mean change of what clients hold, where updates are masked; `updates` are then of the other names.
 
     Where no update came, where too few came for the method to judge them, or where its result overflows, all go on
-    from `start`, and the state stays what it was.
+    from `start`, which is then what `values` is, and the state stays what it was.
     """
     method = METHODS[job.aggregation.type]
     central = job.privacy if isinstance(job.privacy, CentralPrivacy) else None

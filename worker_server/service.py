@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
+from typing import Any
 
 import zmq
 from torch import Tensor
@@ -186,8 +187,8 @@ class Service:
             self._carry_out(rounds.ended_elsewhere())
 
     def _all_done(self, now: float) -> bool:
-        """The job is finished and every client has left, or has had its time to."""
-        if self.rounds.stage != "finished":
+        """The job is finished and every client has left, or has had its time to; nobody is to be served any more."""
+        if self.rounds.stage != "finished" or self.settings.keep_serving:
             return False
         if self.finished_at is None:
             self.finished_at = now
@@ -408,14 +409,14 @@ class Service:
             session = self.sessions.get(ticket.session)
             if session is None:
                 continue
-            request, refused = ticket.request, ticket.refused
+            # A client may have been at another replica in between, which this one does not know of.
+            counted = None if self.replicas is not None else self.engine.progress.counted.get(ticket.client, 0)
+            told_too: dict[str, Any] = {"request": ticket.request, "refused": ticket.refused, "counted": counted}
             answer: Message
             if round_ is None:
-                answer = Finished(request=request, rounds=self.rounds.round, refused=refused, tensors=infos)
+                answer = Finished(rounds=self.rounds.round, tensors=infos, **told_too)
             else:
-                answer = RoundStart(
-                    request=request, round=round_, members=len(answers), sum=sum_, refused=refused, tensors=infos
-                )
+                answer = RoundStart(round=round_, members=len(answers), sum=sum_, tensors=infos, **told_too)
             self._send(session, answer, [frame for _, frame in encoded])
 
     def _send(self, session: Session, message: Message, tensors: Sequence[Frame] = ()) -> None:

@@ -38,3 +38,5 @@ class ServerSettings(BaseModel):
     silent_session_s: Annotated[float, Field(gt=0)] = 30.0
     # How long the server stays after the last round for clients to fetch the result and evaluate it.
     farewell_s: Annotated[float, Field(ge=0)] = 120.0
+    # After that it goes on answering evaluations and generation, until it is stopped.
+    keep_serving: bool = False

@@ -18,11 +18,12 @@ from launcher.preflight.files import (
     invitation_of,
     job_of,
 )
-from launcher.preflight.models import check_digest, check_split, checkpoint_of, client_need
+from launcher.preflight.models import check_digest, check_split, checkpoint_of, client_need, round_traffic
 from launcher.preflight.network import Context, check_broker, check_name, probing
 from launcher.preflight.privacy import check_privacy
 from launcher.preflight.resources import check_checkpoints, check_disk, check_memory
 from launcher.preflight.rows import check_parsed, check_rows
+from launcher.report_data import bytes_text
 from shared.errors import ConnectionFailed, DeadlineExceeded, FlglmError, HandshakeError, Refused
 from shared.identity import Identity
 from shared.invitations import BrokerAt, Invitation
@@ -239,8 +240,10 @@ def _with_model(
         return None
     try:
         need = client_need(checkpoint, job, split, KEPT_CHECKPOINTS + 1)  # and the one that is being written
+        up, down = round_traffic(checkpoint, job, split)
     except FlglmError as error:
         rows.add(fail("method", error.message, error.hint or "ask the operator for a job that fits the model"))
         return None
     rows.add(check_memory(need.memory))
+    rows.add(ok("traffic", f"{bytes_text(up)} up and {bytes_text(down)} down a round, at most"))
     return need.disk

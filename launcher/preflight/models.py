@@ -17,7 +17,9 @@ from shared.job import Job
 from shared.model.carve import Part, empty_part, tie
 from shared.model.checkpoint import Checkpoint
 from shared.model.plan import PartName, SplitPlan
+from shared.model.residuals import Residuals
 from shared.model.trainable import make_trainable, trained
+from shared.payload.codecs import CODECS
 
 FLOAT32 = 4
 # A trained value, its gradient and AdamW's two moments, all float32; on disk there is no gradient.
@@ -26,6 +28,7 @@ BYTES_SAVED = 3 * FLOAT32
 # What masking takes for a value while a round ends: its words (8 bytes), the difference and the round's start at the
 # client; the sum's words, the mean and the change at the server.
 MASKED_AT_CLIENT = 8 + 4 + 4
+MASKED_WORD = 8
 MASKED_AT_SERVER = 8 + 4 + 8
 # How many values a method of aggregation keeps of each that it aggregates.
 AGGREGATOR_COPIES = {"fedavgm": 1, "fedadam": 2, "fedyogi": 2, "scaffold": 1}
@@ -105,15 +108,37 @@ def check_split(checkpoint: Checkpoint, job: Job) -> tuple[Check, SplitPlan | No
 def client_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: int) -> Need:
     """Head and tail, in plain FedAvg the trunk too, in float32; `checkpoints` of what is trained there, and the result.
 
-    SCAFFOLD's control variates, its own and the server's, are as large as what is trained, and so is a private update,
-    beside its start and, for a moment, difference and noise in float64. Raises JobError.
+    SCAFFOLD's control variates, its own before and after a round and the server's, are as large as what is trained, and
+    so is a private update, beside its start and, for a moment, difference and noise in float64. FedEx-LoRA's residuals
+    are as large as the weights under the adapters, which are kept as they were, too. Raises JobError.
     """
     frozen, train = count(checkpoint, job, plan, job.client_parts)
     control = train * FLOAT32 if job.aggregation.type == "scaffold" else 0
     private = train * FLOAT32 if job.privacy.type != "none" else 0
-    saved = checkpoints * (train * BYTES_SAVED + control + private) + train * FLOAT32
     masked = 0 if job.secure == "off" else train * MASKED_AT_CLIENT
-    return Need(frozen * FLOAT32 + train * BYTES_TRAINED + 2 * control + 6 * private + masked, saved)
+    residual = residual_values(checkpoint, job, plan, job.handed_in) * FLOAT32
+    saved = checkpoints * (train * BYTES_SAVED + 2 * control + private) + train * FLOAT32 + residual
+    memory = frozen * FLOAT32 + train * BYTES_TRAINED + 3 * control + 2 * residual + 6 * private + masked
+    return Need(memory, saved)
+
+
+def round_traffic(checkpoint: Checkpoint, job: Job, plan: SplitPlan) -> tuple[int, int]:
+    """The most bytes of tensors that one client sends and gets in a round; seals and headers add little.
+
+    Up go the update, hidden states and gradients of batches of full length; down come averages with what the
+    aggregation adds to them, hidden states, and gradients where the head is trained. Raises JobError.
+    """
+    handed_in = count(checkpoint, job, plan, job.handed_in)[1]
+    update = handed_in * (FLOAT32 if job.secure == "off" else MASKED_WORD)
+    told = handed_in * FLOAT32 * (2 if job.aggregation.type == "scaffold" else 1)
+    told += residual_values(checkpoint, job, plan, job.handed_in) * FLOAT32
+    if "trunk" in job.client_parts:
+        return update, told
+    training = job.training
+    shape = (training.per_device_train_batch_size * job.data.max_length, int(checkpoint.config.hidden_size))
+    batches = job.rounds.local_steps * training.gradient_accumulation_steps
+    hidden, gradient = (batches * CODECS[name].size(shape) for name in (job.wire.hidden, job.wire.gradient))
+    return update + hidden + gradient, told + hidden + (gradient if "head" in training.parts else 0)
 
 
 def server_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: int) -> Need:
@@ -124,26 +149,41 @@ def server_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: 
     frozen, train = (0, 0) if "trunk" in job.client_parts else count(checkpoint, job, plan, ("trunk",))
     handed_in = count(checkpoint, job, plan, job.handed_in)[1]
     averages = aggregated = handed_in * FLOAT32
+    residual = residual_values(checkpoint, job, plan, job.handed_in) * FLOAT32
+    in_trunk = 0
     if job.cohort.adapters == "per_client":
         aggregated += train * FLOAT32
         train *= job.cohort.clients
-    kept = averages + AGGREGATOR_COPIES.get(job.aggregation.type, 0) * aggregated
+        in_trunk = residual_values(checkpoint, job, plan, ("trunk",)) * FLOAT32
+    kept = averages + AGGREGATOR_COPIES.get(job.aggregation.type, 0) * aggregated + residual + in_trunk
     width = FLOAT32 if job.training.trunk_dtype == "float32" else 2
-    memory = frozen * width + train * BYTES_TRAINED + kept
+    memory = frozen * width + train * BYTES_TRAINED + kept + 2 * in_trunk
     memory += 0 if job.secure == "off" else handed_in * MASKED_AT_SERVER
     return Need(memory, checkpoints * (train * BYTES_SAVED + kept))
 
 
 def count(checkpoint: Checkpoint, job: Job, plan: SplitPlan, names: Sequence[PartName]) -> tuple[int, int]:
     """Frozen and trained values in these parts, from the configuration alone: no weights are made."""
+    parts = _parts(checkpoint, job, plan, names)
+    train = sum(parameter.numel() for parameter in trained(parts).values())
+    return _values(parts) - train, train
+
+
+def residual_values(checkpoint: Checkpoint, job: Job, plan: SplitPlan, names: Sequence[PartName]) -> int:
+    """How many weights `aggregation.lora: exact` adds to in these parts; it sends as many values after a round."""
+    layers = Residuals(_parts(checkpoint, job, plan, names), job).layers
+    return sum(layer.weight.numel() for layer, _ in layers.values())
+
+
+def _parts(checkpoint: Checkpoint, job: Job, plan: SplitPlan, names: Sequence[PartName]) -> list[Part]:
+    """With what is trained in them, and no weights."""
     parts = [empty_part(checkpoint.config, plan, name) for name in names]
     if checkpoint.config.tie_word_embeddings and "head" in names and "tail" in names:
         tie(parts[names.index("head")], parts[names.index("tail")])
     for part in parts:
         with torch.device("meta"):
             make_trainable(part, job)
-    train = sum(parameter.numel() for parameter in trained(parts).values())
-    return _values(parts) - train, train
+    return parts
 
 
 def _values(parts: Sequence[Part]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from launcher.preflight.checks import Check, fail, ok, warn
+from launcher.report_data import bytes_text
 from shared import state_files
 
 # With less than this much beyond the estimate, which leaves activations out, somebody should look.
@@ -34,8 +35,8 @@ def check_disk(option: str, folder: Path, needed: int | None, free: Callable[[Pa
         return fail("disk", f"{there} cannot be written to", f"give {option} another folder, or change its owner")
     room = (free or free_bytes)(there)
     if needed is None:
-        return ok("disk", f"{size(room)} free for {folder}; how much is needed is not known")
-    found = f"{size(room)} free for {folder}, checkpoints need about {size(needed)}"
+        return ok("disk", f"{bytes_text(room)} free for {folder}; how much is needed is not known")
+    found = f"{bytes_text(room)} free for {folder}, checkpoints need about {bytes_text(needed)}"
     if room < needed:
         return fail("disk", found, f"make room, or give {option} a folder on a larger disk")
     return ok("disk", found)
@@ -44,7 +45,7 @@ def check_disk(option: str, folder: Path, needed: int | None, free: Callable[[Pa
 def check_memory(needed: int, available: Callable[[], int] | None = None, where: str = "memory") -> Check:
     """Memory for `needed` bytes of weights, gradients and optimizer."""
     room = (available or available_memory)()
-    found = f"{size(room)} available, weights and optimizer need about {size(needed)}"
+    found = f"{bytes_text(room)} available, weights and optimizer need about {bytes_text(needed)}"
     if room < needed:
         return fail(where, found, "stop other programs, take a larger machine, or ask for a job that needs less")
     if room < MEMORY_MARGIN * needed:
@@ -88,13 +89,3 @@ def available_memory(cgroup: Path = CGROUP) -> int:
     except (OSError, ValueError):  # no container, or one without a limit ("max")
         return available
     return max(0, min(available, limit - used))
-
-
-def size(number: int) -> str:
-    """Bytes for people."""
-    value = float(number)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"

@@ -49,19 +49,27 @@ class Residuals:
 
         Raises TensorError if one is of no such layer or does not fit it; nothing changes then.
         """
-        for name, value in residuals.items():
-            if name not in self.layers or value.shape != _out_in(self.layers[name][0]).shape:
-                raise TensorError(f"a residual that does not fit this model: {name!r}")
+        self._check(residuals)
+        self.put({name: value * self.layers[name][1] for name, value in residuals.items()})
+
+    def put(self, added: Mapping[str, Tensor]) -> None:
+        """The same with what is `added` to the weights of other such layers: residuals times their scaling."""
+        self._check(added)
         self.added = {}
         with torch.no_grad():
-            for name, (layer, scaling) in self.layers.items():
+            for name, (layer, _) in self.layers.items():
                 weight = _out_in(layer)
-                if name in residuals:
+                if name in added:
                     before = self._before.setdefault(name, weight.detach().clone())
-                    self.added[name] = residuals[name].to(weight.device) * scaling
+                    self.added[name] = added[name].to(weight.device)
                     weight.copy_(before + self.added[name])
                 elif name in self._before:
                     weight.copy_(self._before[name])
+
+    def _check(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            if name not in self.layers or value.shape != _out_in(self.layers[name][0]).shape:
+                raise TensorError(f"a residual that does not fit this model: {name!r}")
 
 
 def _out_in(layer: nn.Linear | Conv1D) -> Tensor:

@@ -98,7 +98,9 @@ class RoundStart(WithTensors):
     """Answers Join, Update or the last Mask: round `round` (from 0) begins. Tensors: head and tail averages, if any;
     control variates; residuals.
 
-    `sum`: where updates are masked. `refused`: why the update that this answers did not count, if so.
+    `sum`: where updates are masked. `refused`: why the update that this answers did not count, if so. `counted`: how
+    many rounds were complete when one of this client last did, 0 if none has; None where the server cannot say (a
+    replica).
     """
 
     type: Literal["round_start"] = "round_start"
@@ -107,6 +109,7 @@ class RoundStart(WithTensors):
     members: Count
     sum: SumOf | None = None
     refused: Reason | None = None
+    counted: Count | None = None
 
 
 class Forward(WithTensors):
@@ -209,12 +212,13 @@ class Masking(Message):
 
 
 class Finished(WithTensors):
-    """Answers Join, Update or the last Mask: the job is done. Tensors: the last averages. `refused`: as above."""
+    """Answers Join, Update or the last Mask: the job is done. Tensors: the last averages. The rest as in RoundStart."""
 
     type: Literal["finished"] = "finished"
     request: RequestId
     rounds: Count
     refused: Reason | None = None
+    counted: Count | None = None
 
 
 class Leave(Message):
@@ -259,15 +263,20 @@ def unpack_from_server(frames: Sequence[Frame]) -> tuple[FromServer, Sequence[Fr
     return _unpack(SERVER_MESSAGES, frames)
 
 
+def message_of(schema: TypeAdapter[Any], frame: Frame) -> Any:
+    """What a peer's first frame says, by one of the closed schemas. Raises SchemaError; has no effect otherwise."""
+    if memoryview(frame).nbytes > MAX_MESSAGE_BYTES:
+        raise SchemaError(f"a message has at most {MAX_MESSAGE_BYTES} bytes")
+    try:
+        return schema.validate_python(msgpack.unpackb(frame, strict_map_key=True, use_list=False))
+    except (ValueError, ValidationError, msgpack.UnpackException) as error:
+        raise SchemaError(f"a message that breaks its schema ({type(error).__name__})") from None
+
+
 def _unpack(schema: TypeAdapter[Any], frames: Sequence[Frame]) -> tuple[Any, Sequence[Frame]]:
     if not frames:
         raise SchemaError("a record without frames")
-    if memoryview(frames[0]).nbytes > MAX_MESSAGE_BYTES:
-        raise SchemaError(f"a message has at most {MAX_MESSAGE_BYTES} bytes")
-    try:
-        message = schema.validate_python(msgpack.unpackb(frames[0], strict_map_key=True, use_list=False))
-    except (ValueError, ValidationError, msgpack.UnpackException) as error:
-        raise SchemaError(f"a message that breaks its schema ({type(error).__name__})") from None
+    message = message_of(schema, frames[0])
     tensors = frames[1:]
     announced = frames_of(message)
     if announced != len(tensors):

@@ -1,6 +1,7 @@
 """FedProx and SCAFFOLD in whole runs, three clients and three rounds, against plain PyTorch on the whole model."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from benchmarks.fidelity import random_rows
 from benchmarks.plain import load_plain, mean_loss
 from benchmarks.poisoning import Tampering
 from benchmarks.tiny_models import save_tiny_model
-from launcher.in_process import Background, Site, serving, train_in_process, train_one
+from launcher.in_process import Background, Outcome, Site, serving, train_in_process, train_one
 from shared import state_files
 from shared.errors import ConnectionFailed
 from shared.job import Job, parse_job
 from worker_client.batches import batch_indices
 from worker_client.data import Row
 from worker_client.local_trunk import trunk_of
+from worker_client.remote_trunk import Boundary, RemoteTrunk
 
 NAMES = ("a", "b", "c")
 ROUNDS, STEPS, RATE, MU = 3, 3, 0.05, 0.3
@@ -163,7 +165,7 @@ def test_scaffold_is_algorithm_1_of_the_paper(model: Path, tmp_path: Path) -> No
     own, _ = state_files.load(tmp_path / "b", ROUNDS)
     for name in expected:
         torch.testing.assert_close(tensors[f"aggregator/control/{name}"], server[name], rtol=1e-3, atol=2e-5)
-        torch.testing.assert_close(own[f"control/{name}"], clients["b"][name], rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(own[f"after/control/{name}"], clients["b"][name], rtol=1e-3, atol=2e-5)
     assert max(float(value.abs().max()) for value in server.values()) > 1e-2
 
 
@@ -202,3 +204,56 @@ def test_a_client_whose_update_was_refused_keeps_the_control_that_the_server_kno
     assert not any(name.startswith("control/") for name in kept)
     counted, _ = state_files.load(tmp_path / "a", ROUNDS)
     assert any(name.startswith("control/") for name in counted)
+
+
+class Killed(Exception):
+    """Stands for a kill at a client."""
+
+
+@dataclass(frozen=True)
+class Unlucky(RemoteTrunk):
+    """Hands in no numbers after round 0 if `refused`; `killed` when the server has answered, and nobody heard it."""
+
+    refused: bool = False
+    killed: bool = False
+
+    def update(self, round: int, weight: int, values: Mapping[str, Tensor]) -> Boundary:
+        if self.refused and round == 0:
+            values = {name: torch.full_like(value, float("nan")) for name, value in values.items()}
+        boundary = super().update(round, weight, values)
+        if self.killed:
+            raise Killed
+        return boundary
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_client_killed_before_its_answer_learns_whether_its_update_counted(
+    refused: bool, model: Path, tmp_path: Path
+) -> None:
+    """It comes back to the server, or to one that was started again; the run ends as if nobody had been killed."""
+    job = job_of(model, SCAFFOLD, **SGD)
+    job = job.model_copy(update={"cohort": job.cohort.model_copy(update={"clients": 1})})
+
+    def site(killed: bool) -> Site:
+        made = random_rows(8, 0)
+        return Site(made, (), lambda link, job, parts, timeout_s: Unlucky(link, job, timeout_s, refused, killed))
+
+    def results(folder: Path, client: Outcome) -> dict[str, Tensor]:
+        kept, _ = state_files.load(folder / "a", ROUNDS)
+        mine = {name: value for name, value in kept.items() if name.startswith("control")}
+        return mine | {name: p.detach() for name, p in client.parts.parameters.items()}
+
+    whole = results(tmp_path / "whole", train_in_process(job, {"a": site(False)}, tmp_path / "whole")["a"])
+    assert any(name.startswith("control/") for name in whole)
+    for restarted in (False, True):
+        folder = tmp_path / f"restarted {restarted}"
+        with serving(job, folder, ["a"]) as running:
+            with pytest.raises(Killed):
+                train_one(running, "a", site(True), folder)
+            if not restarted:
+                outcome = train_one(running, "a", site(False), folder)
+        if restarted:
+            outcome = train_in_process(job, {"a": site(False)}, folder)["a"]
+        found = results(folder, outcome)
+        assert found.keys() == whole.keys()
+        assert [name for name in whole if not torch.equal(found[name], whole[name])] == []

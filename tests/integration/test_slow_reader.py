@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.fidelity import ALL, Case, make_job, random_rows
-from benchmarks.fuzz import Attacker, resident_mib
+from benchmarks.fuzz import Attacker, resident_mb
 from benchmarks.tiny_models import save_tiny_model
 from broker.settings import BrokerSettings
 from launcher.in_process import SERVERS, Background, Site, serving, train_in_process, train_one, trunk_tensors
@@ -16,7 +16,7 @@ from shared.payload.tensors import encode
 QUEUE = 8
 MORE = 5000
 # What a queue without a bound would hold of answers to so many requests is more.
-GROWTH_MIB = 16.0
+GROWTH_MB = 16.0
 
 
 def test_who_reads_nothing_loses_its_session_and_disturbs_nobody(tmp_path: Path) -> None:
@@ -42,12 +42,12 @@ def test_who_reads_nothing_loses_its_session_and_disturbs_nobody(tmp_path: Path)
         while deaf.session in service.sessions:
             ask()
         assert running.broker.router.counters["refused_peer_too_slow"] == 1
-        before = resident_mib()
+        before = resident_mb()
         honest = Background("honest", lambda: train_one(running, "honest", site, tmp_path / "run"))
         for _ in range(MORE):
             ask()
         honest.join()
-        assert resident_mib() - before < GROWTH_MIB
+        assert resident_mb() - before < GROWTH_MB
         deaf.connection.socket.close(0)
     calm, run = trunk_tensors(tmp_path / "calm"), trunk_tensors(tmp_path / "run")
     assert [name for name in calm if not torch.equal(calm[name], run[name])] == []

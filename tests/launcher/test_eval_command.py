@@ -1,18 +1,27 @@
 """`flglm eval`: what it prints, and what it refuses."""
 
+import importlib.util
 import json
 import math
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.fidelity import random_rows
+from benchmarks.fidelity import ALL, Case, make_job, random_rows
 from benchmarks.shared_data import FOLDER
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
+from broker.settings import BrokerSettings
+from launcher.in_process import serving
 from launcher.main import main
+from shared import state_files
+from shared.invitations import BrokerAt, Invitation, write_invitation
+from shared.job import Lora
+from shared.model.checkpoint import checkpoint_of
 from worker_client.evaluation.local_model import load_local_model
 from worker_client.evaluation.scoring import likelihoods
+from worker_client.head_tail import load_client_parts
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +117,11 @@ def test_summaries_get_rouge(model: str, tmp_path: Path, capsys: pytest.CaptureF
         (["--task", "rows=empty.jsonl"], "empty.jsonl: no usable row"),
         (["--task", "copa=rows.jsonl", "--server-state", "s"], "--server-state needs --trained"),
         (["--task", "copa=rows.jsonl", "--trained", "t"], "no finished job"),
+        (["--task", "copa=rows.jsonl", "--out", "o"], "--key, --out and --policy need --invite"),
+        (["--task", "copa=rows.jsonl", "--invite", "i", "--key", "k"], "--invite needs --key and --out"),
+        (["--task", "copa=rows.jsonl", "--invite", "i", "--trained", "t"], "do not go with --invite"),
+        (["--task", "copa=rows.jsonl", "--invite", "i", "--device", "cuda"], "do not go with --invite"),
+        (["--task", "copa=rows.jsonl", "--invite", "i", "--key", "k", "--out", "o"], "k: No such file"),
         (["--task", "copa=rows.jsonl", "--limit", "0"], "--limit"),
         (["--task", "copa=rows.jsonl", "--device", "toaster"], "--device toaster: no such device"),
         (["--task", "copa=rows.jsonl", "--device", "cuda:999"], "--device cuda:999: there is none here"),
@@ -127,6 +141,57 @@ def test_mistakes_are_named(
     Path("empty.jsonl").write_text("")
     run("--model", model, *words, code=4)
     assert said in capsys.readouterr().err
+
+
+def test_through_a_session_an_untrained_job_scores_as_its_model(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LoRA adds nothing yet. Real links, the words of the command line, files as the launcher writes them."""
+    rows = [{"text": " ".join(f"w{20 + token % 70}" for token in row.input_ids)} for row in random_rows(5, 2)]
+    copa = {"premise": "w20 w21 .", "choice1": "w22", "choice2": "w23 w24", "question": "cause", "label": 1}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "copa.jsonl").write_text(json.dumps(copa) + "\n")
+    words = ["--task", f"rows={tmp_path / 'rows.jsonl'}", "--task", f"copa={tmp_path / 'copa.jsonl'}"]
+    if importlib.util.find_spec("rouge_score"):
+        (tmp_path / "a.jsonl").write_text(json.dumps({"document": "w20 w21", "summary": "w30 w31"}) + "\n")
+        words += ["--task", f"summaries={tmp_path / 'a.jsonl'}", "--max-new-tokens", "5"]
+    words += ["--format", "json"]
+    run("--model", model, *words)
+    expected = results(capsys)
+    job = make_job(Path(model), Case(ALL, 1, method=Lora(r=4)))
+    doors = BrokerSettings(frontend="tcp://127.0.0.1:*", backend="tcp://127.0.0.1:*")
+    with serving(job, tmp_path, ["anna"], broker_settings=doors) as running:
+        invitation = Invitation(
+            id="0" * 32,
+            client="anna",
+            brokers=[BrokerAt(address=running.broker.frontend)],
+            server="server",
+            server_public_key=running.server.public.hex(),
+            job=job.digest().hex(),
+            expires_at=datetime.now(UTC) + timedelta(hours=1),
+        )
+        write_invitation(tmp_path / "anna.invite", invitation, None)
+        private = running.clients["anna"].private.private_bytes_raw().hex()
+        (tmp_path / "anna.key").touch(mode=0o600)
+        (tmp_path / "anna.key").write_text(json.dumps({"version": 1, "name": "anna", "private_key": private}))
+        parts = load_client_parts(checkpoint_of(job), job)
+        tensors = {f"trained/{name}": p.detach() for name, p in parts.parameters.items()}
+        state_files.save(tmp_path / "out", 0, tensors, {"job": job.digest().hex(), "steps": 0.0})
+        session = ["--invite", str(tmp_path / "anna.invite"), "--key", str(tmp_path / "anna.key")]
+        run(*session, "--out", str(tmp_path / "out"), *words)
+        said = capsys.readouterr()
+        assert "checkpoint-0; trunk: server" in said.err
+        found = json.loads(said.out.splitlines()[-1])["data"]["results"]
+        run(*session, "--out", str(tmp_path / "nothing"), *words, code=4)
+        assert "no result and no checkpoint" in capsys.readouterr().err
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine["metrics"] == pytest.approx(theirs["metrics"], rel=1e-5)
+        assert (mine["examples"], mine["cut"], mine["tokens"]) == (
+            theirs["examples"], theirs["cut"], theirs["tokens"],
+        )  # fmt: skip
+    run(*session, "--out", str(tmp_path / "out"), "--connect-timeout", "0.5", *words, code=2)
+    assert json.loads(capsys.readouterr().out)["error_code"] == "connection"
 
 
 def test_a_model_too_short_to_split_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import zmq
 
 from benchmarks.fidelity import ALL, Case, make_job, write_random_rows
@@ -22,9 +23,9 @@ from launcher.in_process import Background, Site, serving, train_one
 from launcher.main import main
 from launcher.preflight.checks import Check, Checklist, Status, one_line
 from launcher.preflight.files import check_clock, check_expiry
-from launcher.preflight.models import count, server_need
+from launcher.preflight.models import client_need, count, residual_values, round_traffic, server_need
 from launcher.preflight.network import check_broker, check_free, check_metrics, check_name, probing
-from launcher.preflight.resources import Need, available_memory, check_checkpoints, check_disk, check_memory, size
+from launcher.preflight.resources import Need, available_memory, check_checkpoints, check_disk, check_memory
 from launcher.preflight.server import check_device
 from shared import state_files
 from shared.allow_list import AllowList, revoke
@@ -33,8 +34,10 @@ from shared.invitations import load_invitation
 from shared.job import Job, parse_job
 from shared.model.checkpoint import Checkpoint
 from shared.model.plan import SplitPlan
+from shared.payload.tensors import encode
 from shared.wire.curve import Door
 from worker_client.data import Row
+from worker_client.head_tail import load_client_parts
 from worker_server.server import Server
 from worker_server.settings import ServerSettings
 
@@ -150,7 +153,7 @@ def test_where_all_is_well_every_row_says_so_and_nothing_changes(serving_house: 
     assert {row["status"] for row in client.values()} == {"ok"}
     assert list(client) == [
         "key", "invitation", "clock", f"broker {serving_house.broker.frontend[6:]}", "server", "job", "model",
-        "same model", "digest", "rows rows.jsonl", "split", "memory", "disk",
+        "same model", "digest", "rows rows.jsonl", "split", "memory", "traffic", "disk",
     ]  # fmt: skip
     assert client["rows rows.jsonl"]["found"] == "10 usable"
     assert server.service is not None
@@ -530,7 +533,6 @@ def test_estimates_are_what_the_parts_really_weigh(house: House) -> None:
     from launcher.preflight.models import count
     from shared.model.checkpoint import Checkpoint
     from shared.model.plan import SplitPlan
-    from worker_client.head_tail import load_client_parts
 
     for tied in (False, True):
         checkpoint = Checkpoint(str(save_tiny_model("llama", house.folder / f"tied-{tied}", tied=tied)))
@@ -545,7 +547,9 @@ def test_what_others_say_cannot_break_the_table() -> None:
     rows = Checklist()
     rows.add(Check("a", Status.OK, one_line("two\nlines \x1b[31m")))
     assert rows.rows[0].found == ascii("two lines \x1b[31m")
-    assert size(1536) == "1.5 KiB"
+    assert check_disk("--out", Path(), 2_500, lambda _: 1_500).found == (
+        "1.5 kB free for ., checkpoints need about 2.5 kB"
+    )
 
 
 def test_what_the_aggregation_keeps_is_counted(tmp_path: Path) -> None:
@@ -561,3 +565,49 @@ def test_what_the_aggregation_keeps_is_counted(tmp_path: Path) -> None:
     assert averages == 4 * trained > 0
     assert need("fedadam").memory - need("fedavg").memory == 2 * averages
     assert need("fedadam").disk - need("fedavg").disk == 2 * 2 * averages
+
+
+def test_whole_residuals_are_counted_and_sent(tmp_path: Path) -> None:
+    """As many values as the weights under the adapters have: at the client, on disk, at the server, on the way."""
+    checkpoint = Checkpoint(str(save_tiny_model("llama", tmp_path)))
+    plan = SplitPlan(1, 1, 4)
+
+    def job_of(lora: str, **cohort: Any) -> Job:
+        return parse_job(
+            {"model_name_or_path": "m", "aggregation": {"type": "fedavg", "lora": lora}, "cohort": cohort}, "job"
+        )
+
+    exact, average = job_of("exact"), job_of("average")
+    parts = load_client_parts(checkpoint, exact)
+    values = sum(layer.weight.numel() for layer, _ in parts.residuals.layers.values())
+    assert residual_values(checkpoint, exact, plan, ("head", "tail")) == values > 0
+    assert residual_values(checkpoint, average, plan, ("head", "tail")) == 0
+    mine, without = (client_need(checkpoint, job, plan, 3) for job in (exact, average))
+    assert (mine.memory - without.memory, mine.disk - without.disk) == (8 * values, 4 * values)
+    its, without = (server_need(checkpoint, job, plan, 3) for job in (exact, average))
+    assert (its.memory - without.memory, its.disk - without.disk) == (4 * values, 3 * 4 * values)
+    own, without = (server_need(checkpoint, job_of(k, adapters="per_client"), plan, 1) for k in ("exact", "average"))
+    (up, down), (up_without, down_without) = (round_traffic(checkpoint, job, plan) for job in (exact, average))
+    assert (up, down - down_without) == (up_without, 4 * values)
+    in_trunk = residual_values(checkpoint, exact, plan, ("trunk",))
+    assert own.disk - without.disk == 4 * (values + in_trunk)
+    assert own.memory - without.memory == 4 * (values + 3 * in_trunk)
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_rounds_traffic_is_that_of_full_batches(head: bool, tmp_path: Path) -> None:
+    """Tensors as they are encoded: two batches a step, three steps, and the update."""
+    checkpoint = Checkpoint(str(save_tiny_model("llama", tmp_path)))
+    values = {
+        "model_name_or_path": "m",
+        "training": {"parts": ["head", "tail"] if head else ["tail"], "gradient_accumulation_steps": 2},
+        "rounds": {"local_steps": 3},
+        "data": {"max_length": 20},
+        "wire": {"hidden": "int8", "gradient": "bfloat16"},
+    }
+    job = parse_job(values, "job")
+    batch = torch.ones(8 * 20, checkpoint.config.hidden_size)
+    hidden, gradient = (6 * len(encode("x", batch, name)[1]) for name in ("int8", "bfloat16"))
+    update = sum(4 * p.numel() for p in load_client_parts(checkpoint, job).parameters.values())
+    up, down = round_traffic(checkpoint, job, SplitPlan(1, 1, 4))
+    assert (up, down) == (update + hidden + gradient, update + hidden + gradient * head)

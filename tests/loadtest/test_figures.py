@@ -91,10 +91,10 @@ def test_batches_have_the_lengths_that_the_plan_says() -> None:
 
 def sample(at: float, *, measured: bool) -> Sample:
     counts = Counts()
-    counts.sums.update({"requests": 20, "steps": 8, "tokens": 300, "bytes_up": 2**20, "bytes_down": 2**20})
+    counts.sums.update({"requests": 20, "steps": 8, "tokens": 300, "bytes_up": 10**6, "bytes_down": 10**6})
     for milliseconds in range(1, 11):
         counts.latencies["forward"].add(milliseconds / 1000)
-    broker = {"process_resident_memory_bytes": 2**20 * at, "process_cpu_seconds_total": at / 4}
+    broker = {"process_resident_memory_bytes": 10**6 * at, "process_cpu_seconds_total": at / 4}
     server = broker | {
         "process_cpu_seconds_total": at / 2,
         "flglm_server_queue_requests": 3.0,
@@ -107,7 +107,7 @@ def sample(at: float, *, measured: bool) -> Sample:
         'flglm_server_cohort_requests_bucket{le="+Inf"}': 5.0,
         'flglm_server_refusals_total{code="seal"}': 7.0,
     }
-    crowd = {"memory_bytes": 2.0**21, "cpu_s": at / 8}
+    crowd = {"memory_bytes": 2e6, "cpu_s": at / 8}
     return Sample(at, measured, 2.0, counts, 9, Counter(training=7, waiting=2), broker, server, crowd)
 
 
@@ -124,7 +124,7 @@ def test_rates_are_those_of_the_measured_time(tmp_path: Path) -> None:
         "requests_per_s": 10,
         "steps_per_s": 4,
         "tokens_per_s": 150,
-        "mib_per_s": 1,
+        "mb_per_s": 1,
     }
     assert summary["latencies"]["forward"]["count"] == 20
     assert summary["latencies"]["forward"]["p50"] == pytest.approx(0.005, rel=0.021)
@@ -132,7 +132,7 @@ def test_rates_are_those_of_the_measured_time(tmp_path: Path) -> None:
     assert summary["cohorts"] == {"count": 5, "mean_requests": 2.4, "sizes": {"1": 3, "4": 2, "more": 0}}
     assert summary["queue"] == {"mean": 3, "max": 3}
     assert summary["wait_s_mean"] == 0.25
-    assert summary["memory_mib"]["broker"] == {"empty": 2, "start": 4, "end": 6, "peak": 6}
+    assert summary["memory_mb"]["broker"] == {"empty": 2, "start": 4, "end": 6, "peak": 6}
     assert summary["cpu_cores"] == {"broker": 0.25, "server": 0.5, "crowd": 0.125}
     assert summary["busiest"] == "server"
     assert summary["refusals"] == {"broker": {}, "server": {"seal": 7}}

@@ -17,12 +17,16 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks import fuzz_secagg_targets, fuzz_targets  # noqa: F401 - which register theirs
+from benchmarks.fuzz_frames import joined, separated
 from benchmarks.fuzz_parsers import require_atheris
-from benchmarks.fuzz_seeds import SEEDS, joined, separated
-from benchmarks.fuzz_targets import TARGETS
+from benchmarks.fuzz_registry import TARGETS
+from benchmarks.fuzz_seeds import SEEDS
 from shared.errors import UsageError
 
 FRAMES = ("envelope", "record", "client_message", "server_message")
+# Targets of secure sums, and how many bytes come before the frames.
+SUMS = {"secagg_client": 1, "secagg_server": 2, "ring_member": 1, "ring_server": 2, "group_member": 0}
 JSON = ("invitation", "card", "key", "rows", "checkpoint_facts", "model_config", "model_index")
 YAML = ("job", "policy", "plan")
 EXAMPLES = settings(
@@ -94,7 +98,7 @@ def mutated(draw: st.DrawFn, name: str) -> bytes:
 
 
 def test_every_target_has_valid_inputs_and_takes_them() -> None:
-    assert list(TARGETS) == list(SEEDS)
+    assert TARGETS.keys() == SEEDS.keys()
     for name, run in TARGETS.items():
         assert all(run(valid) for valid in SEEDS[name]()), name
 
@@ -122,6 +126,20 @@ def test_messages_with_another_field_are_taken_or_refused(name: str, data: st.Da
     document = msgpack.unpackb(frames[place])
     frames[place] = msgpack.packb(data.draw(one_thing_changed(document, st.one_of(ODD, st.binary(max_size=40)))))
     TARGETS[name](joined(frames))
+
+
+@pytest.mark.parametrize("name", SUMS)
+@settings(EXAMPLES, max_examples=200)
+@given(data=st.data())
+def test_messages_of_sums_with_another_field_or_words_change_nothing(name: str, data: st.DataObject) -> None:
+    valid = data.draw(st.sampled_from(SEEDS[name]()))
+    before, frames = valid[: SUMS[name]], separated(valid[SUMS[name] :])
+    document = msgpack.unpackb(frames[0])
+    odd = st.one_of(ODD, st.binary(max_size=40), st.sampled_from([bytes(32), b"\xff" * 32, bytes(33), bytes(82)]))
+    frames[0] = msgpack.packb(data.draw(one_thing_changed(document, odd)))
+    if len(frames) > 1 and data.draw(st.booleans()):
+        frames[1] = data.draw(st.binary(max_size=40))
+    TARGETS[name](before + joined(frames))
 
 
 @pytest.mark.parametrize("name", [*JSON, *YAML])
@@ -261,10 +279,28 @@ INVITATIONS = {
 }
 FACTS = {"lists in lists": b"[" * 100_000, "10 MB": b"[" + b"0," * 5_000_000, "no UTF-8": b'"\xff"', "nothing": b""}
 PAST_END = b'{"x":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}'
+LOW_ORDER = bytes([1]).ljust(32, b"\0")
+
+
+def with_key(name: str, place: int, key: bytes) -> bytes:
+    """A valid input with another key of the last client that it lists, or the only one."""
+    valid = SEEDS[name]()[place]
+    before, frames = valid[: SUMS[name]], separated(valid[SUMS[name] :])
+    document = msgpack.unpackb(frames[0])
+    entry = document["keys"][-1] if "keys" in document else document
+    entry["sealing" if "sealing" in entry else "key"] = key
+    return before + joined([msgpack.packb(document), *frames[1:]])
+
+
 FROM_JSON = ("card", "key", "checkpoint_facts", "model_config", "model_index")
 NASTY = [
     *(("envelope", what, joined([b"D", bomb[:1024], b"x"])) for what, bomb in BOMBS.items()),
     *((name, what, joined([bomb])) for name in ("client_message", "server_message") for what, bomb in BOMBS.items()),
+    *((name, what, bytes(before) + joined([bomb])) for name, before in SUMS.items() for what, bomb in BOMBS.items()),
+    *((name, "a key of low order", with_key(name, 0, LOW_ORDER)) for name in SUMS if name != "ring_member"),
+    ("secagg_client_inside", "a commitment to something else", bytes(66) + bytes(32)),
+    ("secagg_dealer", "shares of no secret", bytes(1) + b"\xff" * 198),
+    ("secagg_dealer", "the same of who drops out", bytes([1]) + b"\xff" * 198),
     *(("tensor", what, data) for what, data in TENSORS.items()),
     *(("client_message", what, data) for what, data in MESSAGES.items()),
     *((name, what, data) for name in YAML for what, data in JOBS.items()),

@@ -85,6 +85,18 @@ def test_the_aggregators_state_is_kept_with_its_round(model: Path, tmp_path: Pat
     assert again.aggregator.keys() == {"m/x"}
 
 
+def test_whose_updates_counted_is_kept_with_its_round(model: Path, tmp_path: Path) -> None:
+    first = progress_of(model, tmp_path / "state")
+    first.begin()
+    first.complete_round({}, counted=["a", "b"])
+    first.complete_round({}, counted=["b"])
+    again = progress_of(model, tmp_path / "state")
+    again.begin()
+    assert again.counted == {"a": 1, "b": 2}
+    again.restore(1)
+    assert again.counted == {"a": 1, "b": 1}
+
+
 def test_before_the_first_round_all_start_from_what_the_job_begins_with(model: Path, tmp_path: Path) -> None:
     progress = progress_of(model, tmp_path / "state")
     progress.initial = lambda: {"x": torch.full((2,), 7.0)}

@@ -2,32 +2,28 @@
 it. The same parts and weights as in a job; what crosses there in int8 or bfloat16 is not rounded here.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from shared import state_files
 from shared.errors import CheckpointError, JobError, ModelError, UsageError
-from shared.job import Job, parse_job
-from shared.model.carve import Part, load_head_and_tail, load_part
-from shared.model.checkpoint import Checkpoint
+from shared.job import Job
+from shared.model.carve import TRUNK_DTYPES, Part, load_head_and_tail, load_part
+from shared.model.checkpoint import Checkpoint, checkpoint_of
 from shared.model.families import context_length
 from shared.model.plan import SplitPlan
+from shared.model.residuals import Residuals
 from shared.model.trainable import load_trained, make_trainable, trained
-from worker_client.batches import Batch
-from worker_client.client import RESULT, load_tokenizer
-
-TRAINED = "trained.safetensors"
-# Methods whose trained tensors are in the modules, so that a forward is all there is to do.
-METHODS = ("lora", "full")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from shared.payload.messages import RESIDUAL
+from worker_client.batches import Batch, with_virtual_tokens
+from worker_client.client import load_tokenizer
+from worker_client.evaluation.client_state import job_of, result_in
+from worker_client.head_tail import trainable_parts
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class LocalModel:
-    """The three parts, on `device`. `context`: the most tokens of a row."""
+    """The three parts, on `device`. `context`: the most tokens of a row, beside `prompt_tokens` virtual ones."""
 
     head: Part
     trunk: Part
@@ -48,41 +44,49 @@ class LocalModel:
     tokenizer: Any
     context: int
     device: str
-
-    def logits(self, batch: Batch) -> Tensor:
-        """Float32 logits (P, vocabulary) on the CPU at the batch's positions `at`."""
-        return self.logits_at(batch.input_ids, batch.lengths, batch.at)
+    prompt_tokens: int = 0
 
     @torch.inference_mode()
-    def logits_at(self, input_ids: Tensor, lengths: Sequence[int], at: Tensor) -> Tensor:
-        """input_ids (T,) int64, rows end to end; float32 logits (P, vocabulary) on the CPU at positions `at`."""
-        hidden = self.head.embed(input_ids.to(self.device), lengths)
-        hidden = self.trunk.forward(hidden.to(self.trunk.dtype), lengths).to(self.tail.dtype)
-        return self.tail.logits(hidden, lengths, at.to(self.device)).float().cpu()
+    def logits(self, batch: Batch) -> Tensor:
+        """Float32 logits (P, vocabulary) on the CPU at the batch's positions `at`."""
+        batch = with_virtual_tokens(batch, self.prompt_tokens)
+        hidden = self.head.embed(batch.input_ids.to(self.device), batch.lengths)
+        hidden = self.trunk.forward(hidden.to(self.trunk.dtype), batch.lengths).to(self.tail.dtype)
+        return self.tail.logits(hidden, batch.lengths, batch.at.to(self.device)).float().cpu()
+
+    def continued(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """The whole row is computed for each token: no cache."""
+        ids = list(prompt)
+        nothing = torch.empty(0, dtype=torch.int64)
+        for _ in range(max_new_tokens):
+            row = Batch(torch.tensor(ids), (len(ids),), torch.tensor([len(ids) - 1]), nothing, nothing)
+            token = int(self.logits(row)[0].argmax())
+            if token == self.tokenizer.eos_token_id:
+                break
+            ids.append(token)
+        return ids[len(prompt) :]
 
 
 def load_local_model(name_or_path: str, *, device: str = "cpu", trained_by: Trained | None = None) -> LocalModel:
     """From a folder or hub id. Raises ModelError, UsageError, CheckpointError."""
-    checkpoint = Checkpoint(name_or_path)
     _check_device(device)
-    job = None if trained_by is None else _job_of(trained_by)
+    job = None if trained_by is None else job_of(trained_by.result)
+    checkpoint = Checkpoint(name_or_path) if job is None else checkpoint_of(job, name_or_path)
     try:
         split = (1, 1) if job is None else (job.split.head_blocks, job.split.tail_blocks)
         plan = SplitPlan(*split, checkpoint.config.num_hidden_layers)
     except JobError:
         raise ModelError(f"{name_or_path}: {checkpoint.config.num_hidden_layers} blocks cannot be split") from None
     head, tail = load_head_and_tail(checkpoint, plan, device=device)
-    dtype = torch.float32 if job is None else DTYPES[job.training.trunk_dtype]
+    dtype = torch.float32 if job is None else TRUNK_DTYPES[job.training.trunk_dtype]
     trunk = load_part(checkpoint, plan, "trunk", dtype=dtype, device=device)
+    context, prompt_tokens = context_length(checkpoint.config), 0
     if job is not None and trained_by is not None:
-        for part in (head, trunk, tail):
-            make_trainable(part, job)
-        _take([head, tail], _client_tensors(trained_by.result), trained_by.result)
-        if "trunk" in job.training.parts:
-            _take([trunk], *_server_tensors(trained_by, job, checkpoint))
+        context, prompt_tokens = context - job.prefix_tokens - job.prompt_tokens, job.prompt_tokens
+        _take_trained(head, trunk, tail, trained_by, job, checkpoint)
     for part in (head, trunk, tail):
         part.module.requires_grad_(False).to(device).eval()
-    return LocalModel(head, trunk, tail, load_tokenizer(checkpoint), context_length(checkpoint.config), device)
+    return LocalModel(head, trunk, tail, load_tokenizer(checkpoint), context, device, prompt_tokens)
 
 
 def _check_device(name: str) -> None:
@@ -95,38 +99,33 @@ def _check_device(name: str) -> None:
         raise UsageError(f"--device {name}: there is none here", hint="--device cpu")
 
 
-def _job_of(trained_by: Trained) -> Job:
-    path = trained_by.result / RESULT
-    try:
-        values = json.loads(path.read_text())["job"]
-    except OSError:
-        raise CheckpointError(
-            f"{path}: no finished job", hint="name the --out folder of 'flglm client train'"
-        ) from None
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise CheckpointError(f"{path}: not a job's result") from None
-    job = parse_job(values, str(path))
-    method: str = job.method.type
-    if method not in METHODS:
-        raise UsageError(f"{path}: what method.type={method} trained cannot be evaluated here")
-    return job
+def _take_trained(head: Part, trunk: Part, tail: Part, trained_by: Trained, job: Job, checkpoint: Checkpoint) -> None:
+    at_client = "trunk" in job.client_parts
+    parts = trainable_parts(head, tail, trunk if at_client else None, job)
+    result_in(trained_by.result).put_into(parts)
+    if not at_client:
+        make_trainable(trunk, job)
+        if "trunk" in job.training.parts:
+            _take_trunk(trunk, trained_by, job, checkpoint)
 
 
-def _client_tensors(result: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = load_file(result / TRAINED)
-        return tensors
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{result / TRAINED}: cannot be read ({error})") from None
+def _take_trunk(trunk: Part, trained_by: Trained, job: Job, checkpoint: Checkpoint) -> None:
+    """The trunk's trained tensors after the last round, and what was added to its frozen weights."""
+    state, folder = _server_state(trained_by, job, checkpoint)
+    values, parameters = _under("trunk/", state), trained([trunk])
+    if {name: p.shape for name, p in parameters.items()} != {name: value.shape for name, value in values.items()}:
+        raise CheckpointError(f"{folder}: its tensors are not those that the job trains in this model")
+    load_trained(parameters, values)
+    residuals = Residuals([trunk], job)
+    residuals.apply({n: value for n, value in _under(f"aggregator/{RESIDUAL}", state).items() if n in residuals.layers})
 
 
-def _server_tensors(trained_by: Trained, job: Job, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Path]:
-    """The trunk's trained tensors after the last round, and where they lie."""
+def _server_state(trained_by: Trained, job: Job, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Path]:
     folder = trained_by.server_state
     if folder is None:
         raise UsageError(
             f"{trained_by.result}: the job trained the trunk too, and that is at the server",
-            hint="--server-state: the server's --state folder, where both are at hand",
+            hint="--server-state: the server's --state folder, where both are at hand; or --invite, while it runs",
         )
     numbers = state_files.numbers(folder)
     if not numbers:
@@ -138,12 +137,8 @@ def _server_tensors(trained_by: Trained, job: Job, checkpoint: Checkpoint) -> tu
         raise CheckpointError(f"{folder}: belongs to another job than {trained_by.result}")
     if facts.get("model") != vars(checkpoint.fingerprint()):
         raise CheckpointError(f"{folder}: belongs to another model than {checkpoint.name_or_path}")
-    own = {name.removeprefix("trunk/"): value for name, value in tensors.items() if name.startswith("trunk/")}
-    return own, folder
+    return tensors, folder
 
 
-def _take(parts: Sequence[Part], values: Mapping[str, Tensor], source: Path) -> None:
-    parameters = trained(parts)
-    if {name: p.shape for name, p in parameters.items()} != {name: value.shape for name, value in values.items()}:
-        raise CheckpointError(f"{source}: its tensors are not those that the job trains in this model")
-    load_trained(parameters, values)
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -12,7 +12,7 @@ from typing import Any
 from shared.errors import DataError, UsageError
 from worker_client.data import load_rows
 from worker_client.evaluation.cases import Answer, Example, render
-from worker_client.evaluation.local_model import LocalModel
+from worker_client.evaluation.model import Model
 from worker_client.evaluation.records import text_in
 from worker_client.evaluation.scoring import choose, likelihoods
 from worker_client.evaluation.summaries import continuation, rouge
@@ -53,7 +53,7 @@ class Result:
     tokens: int | None = None
 
 
-def evaluate(model: LocalModel, task: str, file: Path, settings: Settings, progress: Progress) -> Result:
+def evaluate(model: Model, task: str, file: Path, settings: Settings, progress: Progress) -> Result:
     """Raises UsageError for an unknown task or a missing library, DataError naming file, line and reason."""
     if task not in TASKS:
         raise UsageError(f"no task '{task}'", hint="tasks: " + ", ".join(TASKS))
@@ -68,11 +68,11 @@ def evaluate(model: LocalModel, task: str, file: Path, settings: Settings, progr
     return Result(task=task, file=str(file), seconds=time.monotonic() - began, **values)
 
 
-def _context(model: LocalModel, settings: Settings) -> int:
+def _context(model: Model, settings: Settings) -> int:
     return min(model.context, settings.max_length or model.context)
 
 
-def _rows(model: LocalModel, file: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
+def _rows(model: Model, file: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
     loaded = load_rows(file, model.tokenizer, max_length=_context(model, settings), limit=settings.limit)
     log_probability, tokens, greedy = 0.0, 0, 0
     for start in range(0, len(loaded.rows), AT_ONCE):
@@ -94,7 +94,7 @@ def _rows(model: LocalModel, file: Path, settings: Settings, progress: Progress)
     }
 
 
-def _choices(model: LocalModel, task: ChoiceTask, file: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
+def _choices(model: Model, task: ChoiceTask, file: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
     examples = list(_examples(task, file, settings.limit))
     if not examples:
         raise DataError(f"{file}: no example")
@@ -120,9 +120,7 @@ def _examples(task: ChoiceTask, file: Path, limit: int | None) -> Iterator[Examp
             raise DataError(f"{file}:{line}: {error.message}", hint=error.hint) from None
 
 
-def _summaries(
-    model: LocalModel, task: SummaryTask, file: Path, settings: Settings, progress: Progress
-) -> dict[str, Any]:
+def _summaries(model: Model, task: SummaryTask, file: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
     mean_f1 = rouge()
     context = _context(model, settings)
     if settings.max_new_tokens >= context:

@@ -3,10 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from shared.errors import UsageError
-from worker_client.evaluation.local_model import LocalModel
+from worker_client.evaluation.model import Model
 
 MEASURES = ("rouge1", "rouge2", "rougeL")
 
@@ -27,21 +25,12 @@ def rouge() -> Callable[[Sequence[str], Sequence[str]], dict[str, float]]:
     return mean_f1
 
 
-def continuation(model: LocalModel, prompt: str, max_new_tokens: int, context: int) -> tuple[str, bool]:
+def continuation(model: Model, prompt: str, max_new_tokens: int, context: int) -> tuple[str, bool]:
     """The most probable next token again and again, until the end token or `max_new_tokens` of them.
 
-    The prompt is cut at its beginning where it leaves no room in `context` tokens; and whether it was. The whole row is
-    computed for each token: no cache.
+    The prompt is cut at its beginning where it leaves no room in `context` tokens; and whether it was.
     """
     ids: list[int] = model.tokenizer(prompt).input_ids
     cut = max(0, len(ids) + max_new_tokens - context)
-    ids = ids[cut:]
-    begin = len(ids)
-    for _ in range(max_new_tokens):
-        last = torch.tensor([len(ids) - 1])
-        token = int(model.logits_at(torch.tensor(ids), [len(ids)], last)[0].argmax())
-        if token == model.tokenizer.eos_token_id:
-            break
-        ids.append(token)
-    made: Any = model.tokenizer.decode(ids[begin:], skip_special_tokens=True)
+    made: Any = model.tokenizer.decode(model.continued(ids[cut:], max_new_tokens), skip_special_tokens=True)
     return str(made).strip(), cut > 0
