@@ -119,7 +119,10 @@ def load_client_parts(checkpoint: Checkpoint, job: Job) -> HeadTail:
 
 
 def trainable_parts(head: Part, tail: Part, trunk: Part | None, job: Job) -> HeadTail:
-    """These parts, changed in place, with what the job trains in them. `trunk`: where clients hold it. Raises JobError."""
+    """These parts, changed in place, with what the job trains in them; the trunk where clients hold it.
+
+    Raises JobError.
+    """
     parts = [part for part in (head, trunk, tail) if part is not None]
     for part in parts:
         make_trainable(part, job)
