@@ -77,6 +77,7 @@ class TamperingTrunk(RemoteTrunk):
 
     def _seen(self, boundary: Boundary) -> Boundary:
         self.start.update(boundary.averages)
+        self.start.update({name: self.start[name] + change for name, change in boundary.change.items()})
         return boundary
 
 

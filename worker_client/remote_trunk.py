@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from shared.error_feedback import Compressed, Shapes, decompress
 from shared.errors import SchemaError
 from shared.job import Job
 from shared.payload.messages import (
@@ -24,8 +25,11 @@ from shared.payload.messages import (
     Update,
 )
 from shared.payload.tensors import decode, encode
+from shared.wire.envelope import Frame
 from worker_client.batches import Batch
 from worker_client.link import Answer, Link
+
+NO_SHAPES: Shapes = {}
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Boundary:
     """Between rounds: the round to train next, or None when the job is finished, and the averages of head and tail.
 
     `control`: the server's control variates (SCAFFOLD), `residuals`: by module, what is added to frozen weights
-    (FedEx-LoRA), if there are any yet. `refused`: why the update of the round before did not count, if so.
+    (FedEx-LoRA), if there are any yet. `change`: in place of averages, what they differ by from what the round before
+    began with. `refused`: why the update of the round before did not count, if so.
     """
 
     round: int | None
@@ -42,6 +47,7 @@ class Boundary:
     control: dict[str, Tensor] = field(default_factory=dict)
     residuals: dict[str, Tensor] = field(default_factory=dict)
     refused: str | None = None
+    change: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,14 @@ class RemoteTrunk:
             weight=max(1, weight),
             tensors=tuple(info for info, _ in encoded),
         )
-        return self._boundary(message, [frame for _, frame in encoded])
+        shapes = {name: value.shape for name, value in values.items()}
+        return self._boundary(message, [frame for _, frame in encoded], shapes)
+
+    def update_in_part(self, round: int, weight: int, difference: Compressed, shapes: Shapes) -> Boundary:
+        """Hand in part of the difference to the start of `round`; `shapes` of the whole."""
+        request = self.link.next_request()
+        message = Update(request=request, round=round, weight=max(1, weight), pieces=difference.pieces)
+        return self._boundary(message, difference.frames, shapes)
 
     def send_forward(
         self,
@@ -143,20 +156,27 @@ class RemoteTrunk:
         message = Forward(request=self.link.next_request(), lengths=batch.lengths, tensors=(info,), **settings)
         return Pending(message.request, tuple(hidden.shape), self.link.send(message, [frame]))
 
-    def _boundary(self, message: Join | Update, frames: list[memoryview]) -> Boundary:
+    def _boundary(self, message: Join | Update, frames: Sequence[Frame], shapes: Shapes = NO_SHAPES) -> Boundary:
+        """`shapes`: of what the client still holds from the start of the round before, which pieces are added to."""
         answer = self._call(message, frames)
         reply = _expect(answer, RoundStart, Finished)
         tensors = {
             info.name: decode(info, frame, dtype="float32")
-            for info, frame in zip(reply.tensors, answer.frames, strict=True)
+            for info, frame in zip(reply.tensors, answer.frames, strict=False)
         }
+        change: dict[str, Tensor] = {}
+        if reply.pieces:
+            _check_follows(message, reply)
+            wire = self.job.wire
+            pieces = answer.frames[len(reply.tensors) :]
+            change = decompress(reply.pieces, pieces, shapes, wire.average_density, wire.average)
         control, residuals = (_under(prefix, tensors) for prefix in (CONTROL, RESIDUAL))
         averages = {name: value for name, value in tensors.items() if not name.startswith((CONTROL, RESIDUAL))}
         finished = isinstance(reply, Finished)
         round, members = (None, 0) if finished else (reply.round, reply.members)
-        return Boundary(round, members, averages, control, residuals, reply.refused)
+        return Boundary(round, members, averages, control, residuals, reply.refused, change)
 
-    def _call(self, message: Any, frames: list[memoryview]) -> Answer:
+    def _call(self, message: Any, frames: Sequence[Frame]) -> Answer:
         return self.link.call(message, frames, timeout_s=self.timeout_s)
 
 
@@ -164,6 +184,13 @@ def _expect(answer: Answer, *kinds: type) -> Any:
     if not isinstance(answer.message, kinds):
         raise SchemaError(f"the server answered with a {answer.message.type} message")
     return answer.message
+
+
+def _check_follows(message: Join | Update, reply: RoundStart | Finished) -> None:
+    """Raises SchemaError unless the answer's round begins where that of the update ended."""
+    ended = reply.rounds if isinstance(reply, Finished) else reply.round
+    if not isinstance(message, Update) or ended != message.round + 1:
+        raise SchemaError("the server sent a difference to values that this client does not hold")
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shared import state_files
+from shared.error_feedback import Compressed, compress
 from shared.errors import CheckpointError, TensorError
 from shared.job import Job
 from shared.model.optimizer import PartOptimizer
@@ -39,6 +40,10 @@ class Training:
     completed: int = field(init=False, default=0)
     control: dict[str, Tensor] = field(init=False, default_factory=dict)
     """SCAFFOLD's control variate of this client, c_i, by name; empty before its first round, and without SCAFFOLD."""
+    unsent: dict[str, Tensor] = field(init=False, default_factory=dict)
+    """What is left of this client's differences, by name; empty where updates travel whole."""
+    start: dict[str, Tensor] = field(init=False, default_factory=dict)
+    """What the round began with, where differences to it travel."""
 
     def __post_init__(self) -> None:
         self.optimizer = self._fresh_optimizer()
@@ -54,22 +59,39 @@ class Training:
             self.report({"event": "round", "round": boundary.round, "members": boundary.members})
             if boundary.round % self.job.rounds.evaluate_every == 0:
                 score = self._evaluate(boundary.round)
-            control = self.control
+            control, unsent = self.control, self.unsent
             weight = self._train_round(boundary)
             self.completed = boundary.round + 1
+            difference = self._difference()
             self._save()
             if self.job.rounds.weighting == "rows":
                 weight = len(self.rows)
             trained = boundary.round
-            boundary = self.trunk.update(trained, weight, self._trained())
+            boundary = self._hand_in(trained, weight, difference)
             if boundary.refused is not None:
                 self.report({"event": "update_refused", "round": trained, "reason": boundary.refused})
-                self.control = control  # the server's does not know of this round's
+                self.control, self.unsent = control, unsent  # the server does not know of this round's
                 self._save()
         self._apply(boundary)
         score = self._evaluate(self.job.rounds.count)
         self.report({"event": "finished", "rounds": self.job.rounds.count})
         return score
+
+    def _difference(self) -> Compressed | None:
+        """What goes up of what this round changed, if not all values do; the rest is kept."""
+        wire = self.job.wire
+        if not wire.compresses_updates:
+            return None
+        change = {name: value - self.start[name] for name, value in self._trained().items()}
+        compressed = compress(change, self.unsent, wire.update_density, wire.update)
+        self.unsent = compressed.unsent
+        return compressed
+
+    def _hand_in(self, round: int, weight: int, difference: Compressed | None) -> Boundary:
+        if difference is None:
+            return self.trunk.update(round, weight, self._trained())
+        shapes = {name: value.shape for name, value in self.start.items()}
+        return self.trunk.update_in_part(round, weight, difference, shapes)
 
     def _train_round(self, boundary: Boundary) -> int:
         assert boundary.round is not None
@@ -117,13 +139,17 @@ class Training:
     def _apply(self, boundary: Boundary) -> None:
         """Take over the averages. Raises TensorError if they, control variates or residuals do not fit."""
         expected = {name: parameter.shape for name, parameter in self.parts.parameters.items()}
-        for told in (boundary.averages, boundary.control):
-            if told and {name: value.shape for name, value in told.items()} != expected:
+        for values in (boundary.averages, boundary.control, boundary.change):
+            if values and {name: value.shape for name, value in values.items()} != expected:
                 raise TensorError("the server's averages do not fit this client's parts")
         self.parts.residuals.apply(boundary.residuals)
-        if not boundary.averages:
-            return
-        load_trained(self.parts.parameters, boundary.averages)
+        if boundary.averages:
+            load_trained(self.parts.parameters, boundary.averages)
+        if boundary.change:
+            told = {name: self.start[name] + change for name, change in boundary.change.items()}
+            load_trained(self.parts.parameters, told)
+        if self.job.wire.compresses_updates or self.job.wire.compresses_averages:
+            self.start = {name: value.clone() for name, value in self._trained().items()}
 
     def _resume(self) -> None:
         """Continue from the newest readable checkpoint in `out`, or begin with `checkpoint-0`.
@@ -144,6 +170,11 @@ class Training:
                 self._say_unreadable(round, error)
             else:
                 return
+        if round == 0 and self.job.wire.compresses_averages:
+            raise CheckpointError(
+                f"{self.out}: this client completed {self.completed} rounds, and the server begins with the first",
+                hint="give --out another folder",
+            )
         # The averages still come from the server; this client's optimizer continues from where it was.
         self.report({"event": "rounds_missed", "completed": self.completed, "round": round})
         self.completed = round
@@ -157,6 +188,7 @@ class Training:
         self.optimizer.load_state(_under("optimizer/", tensors), float(facts["steps"]))
         torch.set_rng_state(tensors["random/torch"])
         self.control = _under("control/", tensors)
+        self.unsent = _under("unsent/", tensors)
         self.completed = number
         self.report({"event": "resumed", "round": number})
 
@@ -167,6 +199,7 @@ class Training:
         tensors = {f"trained/{name}": value for name, value in self._trained().items()}
         tensors |= {f"optimizer/{name}": value for name, value in self.optimizer.state().items()}
         tensors |= {f"control/{name}": value for name, value in self.control.items()}
+        tensors |= {f"unsent/{name}": value for name, value in self.unsent.items()}
         tensors["random/torch"] = torch.get_rng_state()
         facts = {"job": self.job.digest().hex(), "steps": self.optimizer.steps}
         state_files.save(self.out, self.completed, tensors, facts, keep=KEPT_CHECKPOINTS)

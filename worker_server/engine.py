@@ -18,6 +18,7 @@ from worker_server.progress import Progress
 from worker_server.replicas import Replicas
 from worker_server.round_end import aggregate
 from worker_server.streams import StreamCaches
+from worker_server.telling import tell
 from worker_server.trunk import Trunk
 from worker_server.work import (
     Aggregate,
@@ -150,10 +151,7 @@ class Engine:
         progress, trunk = self.progress, self.progress.trunk
         heads_and_tails = progress.start()
         start = {**heads_and_tails, **trunk.own_start()}
-        updates = [
-            Update(ticket.client, ticket.weight, {**ticket.payload, **trunk.own_values(ticket.client)})
-            for ticket in tickets
-        ]
+        updates = [self._update(ticket) for ticket in tickets]
         if self.replicas is not None:
             self.replicas.announce_end(round)
         result = aggregate(progress.job, start, updates, progress.aggregator, self.replicas)
@@ -162,8 +160,17 @@ class Engine:
             weight = sum(ticket.weight for ticket in tickets)
             trunk.take_round_values(self.replicas.mean(trunk.round_values(), weight))
         trunk.take_residuals(result.state)
-        progress.complete_round({name: result.values[name] for name in heads_and_tails}, result.state)
+        averages = {name: result.values[name] for name in heads_and_tails}
+        told = tell(progress.job.wire, heads_and_tails, averages, progress.unsent)
+        progress.complete_round(told.values, result.state, told.unsent, told.change)
         return result.bounded
+
+    def _update(self, ticket: Ticket) -> Update:
+        """What the client handed in, values or differences, and what its own adapter here has become."""
+        own = self.progress.trunk.own_values(ticket.client)
+        if self.progress.job.wire.compresses_updates:
+            return Update(ticket.client, ticket.weight, own, changes=ticket.payload)
+        return Update(ticket.client, ticket.weight, {**ticket.payload, **own})
 
 
 def _answered(work: Work, tickets: tuple[Ticket, ...], outputs: list[Tensor]) -> Computed:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from shared.error_feedback import decompress
 from shared.errors import Refused, TensorError
 from shared.job import Job
 from shared.payload.messages import Backward, Forward, Generate, Join, Update
@@ -73,21 +74,36 @@ class Intake:
         )
 
     def update(self, session: Session, message: Update, frames: Sequence[Frame]) -> Ticket:
-        """Raises TensorError unless exactly the expected tensors came, in float32; Refused for too large a weight."""
+        """Values, or differences where the job compresses updates (`wire.update`, `wire.update_density`).
+
+        Raises TensorError unless exactly the expected ones came; Refused for too large a weight.
+        """
         if message.weight > self.most_tokens_of_a_round and self.job.rounds.weighting == "tokens":
             raise Refused(
                 f"a weight of {message.weight}; a round has {self.most_tokens_of_a_round} target tokens at most",
                 reason="weight",
             )
+        read = self._differences if self.job.wire.compresses_updates else self._values
+        values = read(message, frames)
+        return Ticket(session.id, session.client, message.request, values, weight=message.weight, held=message.round)
+
+    def _differences(self, message: Update, frames: Sequence[Frame]) -> dict[str, Tensor]:
+        if message.tensors:
+            raise TensorError("the job's updates are differences in pieces (wire.update), not tensors")
+        wire = self.job.wire
+        return decompress(message.pieces, frames, self.update_shapes, wire.update_density, wire.update)
+
+    def _values(self, message: Update, frames: Sequence[Frame]) -> dict[str, Tensor]:
+        if message.pieces:
+            raise TensorError("the job's updates are whole tensors in float32, not pieces of a difference")
         names = [info.name for info in message.tensors]
         if len(set(names)) != len(names) or set(names) != set(self.update_shapes):
             odd = sorted(set(names) ^ set(self.update_shapes))
             raise TensorError(f"the update's tensors are not those of the job, for example {odd[:1]}")
-        values = {
+        return {
             info.name: decode(info, frame, shape=self.update_shapes[info.name], dtype="float32")
             for info, frame in zip(message.tensors, frames, strict=True)
         }
-        return Ticket(session.id, session.client, message.request, values, weight=message.weight)
 
     @property
     def most_tokens_of_a_round(self) -> int:

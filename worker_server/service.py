@@ -30,7 +30,8 @@ from shared.payload.messages import (
     Update,
     Welcome,
 )
-from shared.payload.tensors import encode
+from shared.payload.pieces import Piece
+from shared.payload.tensors import TensorInfo, encode
 from shared.wire.connection import BrokerConnection
 from shared.wire.envelope import MAX_REASON_CHARS, Close, Data, Envelope, Frame, Open
 from shared.wire.envelope import pack as pack_envelope
@@ -268,7 +269,7 @@ class Service:
         except (TensorError, Refused) as error:
             self._count_refusal(error, session.id)
             reason = error.message[:MAX_REASON_CHARS]
-            return Ticket(session.id, session.client, message.request, None, refused=reason)
+            return Ticket(session.id, session.client, message.request, None, refused=reason, held=message.round)
 
     def _supersede(self, session: Session, now: float) -> None:
         """End older sessions of this client: it was killed and is back before the broker has missed it."""
@@ -372,21 +373,39 @@ class Service:
         self._send(session, answer, [frame for _, frame in encoded])
 
     def _send_averages(self, answers: Sequence[Ticket], round_: int | None) -> None:
-        """RoundStart for `round_`, or Finished, with the latest averages, to those who wait for it."""
-        told = self.engine.progress.for_clients()
-        encoded = [encode(name, tensor, "float32") for name, tensor in told.items()]
-        infos = tuple(info for info, _ in encoded)
+        """RoundStart for `round_`, or Finished, with the latest averages, to those who wait for it.
+
+        Those who still hold what the last round began with get the difference, where that is what travels.
+        """
+        progress = self.engine.progress
+        encoded = [encode(name, tensor, "float32") for name, tensor in progress.for_clients().items()]
+        infos, whole, change = tuple(info for info, _ in encoded), [frame for _, frame in encoded], progress.change
+        tensors: tuple[TensorInfo, ...]
+        pieces: tuple[Piece, ...]
+        frames: Sequence[Frame]
         for ticket in answers:
             session = self.sessions.get(ticket.session)
             if session is None:
                 continue
+            tensors, pieces, frames = infos, (), whole
+            if change is not None and ticket.held == progress.round - 1:
+                tensors, pieces, frames = (), change.pieces, change.frames
             request, refused = ticket.request, ticket.refused
             answer: Message
             if round_ is None:
-                answer = Finished(request=request, rounds=self.rounds.round, refused=refused, tensors=infos)
+                answer = Finished(
+                    request=request, rounds=self.rounds.round, refused=refused, tensors=tensors, pieces=pieces
+                )
             else:
-                answer = RoundStart(request=request, round=round_, members=len(answers), refused=refused, tensors=infos)
-            self._send(session, answer, [frame for _, frame in encoded])
+                answer = RoundStart(
+                    request=request,
+                    round=round_,
+                    members=len(answers),
+                    refused=refused,
+                    tensors=tensors,
+                    pieces=pieces,
+                )
+            self._send(session, answer, frames)
 
     def _send(self, session: Session, message: Message, tensors: Sequence[Frame] = ()) -> None:
         """A session whose broker takes no more is over: what it misses cannot be made up for."""

@@ -11,7 +11,8 @@ class Ticket:
 
     `weight` is the number of target tokens (Forward) or what the average is weighted by (Update); for Backward,
     `forward` is the request whose gradient this is; for Generate, `stream` is what its rows continue. `refused`: why an
-    Update does not count; its sender is as much a member as before.
+    Update does not count; its sender is as much a member as before. `held`: the round whose start an Update's sender
+    still has.
     """
 
     session: bytes
@@ -23,6 +24,7 @@ class Ticket:
     forward: int = 0
     stream: int = 0
     refused: str | None = None
+    held: int | None = None
 
 
 @dataclass(frozen=True)

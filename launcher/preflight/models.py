@@ -101,12 +101,15 @@ def check_split(checkpoint: Checkpoint, job: Job) -> tuple[Check, SplitPlan | No
 def client_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: int) -> Need:
     """Head and tail, in plain FedAvg the trunk too, in float32; `checkpoints` of what is trained there, and the result.
 
-    SCAFFOLD's control variates, its own and the server's, are as large as what is trained. Raises JobError.
+    SCAFFOLD's control variates, its own and the server's, are as large as what is trained; so are what is left of
+    differences, and what they are to. Raises JobError.
     """
     frozen, train = count(checkpoint, job, plan, job.client_parts)
     control = train * FLOAT32 if job.aggregation.type == "scaffold" else 0
-    saved = checkpoints * (train * BYTES_SAVED + control) + train * FLOAT32
-    return Need(frozen * FLOAT32 + train * BYTES_TRAINED + 2 * control, saved)
+    start = train * FLOAT32 if job.wire.compresses_updates or job.wire.compresses_averages else 0
+    unsent = train * FLOAT32 if job.wire.compresses_updates else 0
+    saved = checkpoints * (train * BYTES_SAVED + control + unsent) + train * FLOAT32
+    return Need(frozen * FLOAT32 + train * BYTES_TRAINED + 2 * control + start + unsent, saved)
 
 
 def server_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: int) -> Need:
@@ -120,6 +123,7 @@ def server_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: 
         aggregated += train * FLOAT32
         train *= job.cohort.clients
     kept = averages + AGGREGATOR_COPIES.get(job.aggregation.type, 0) * aggregated
+    kept += averages if job.wire.compresses_averages else 0
     width = FLOAT32 if job.training.trunk_dtype == "float32" else 2
     memory = frozen * width + train * BYTES_TRAINED + kept
     return Need(memory, checkpoints * (train * BYTES_SAVED + kept))

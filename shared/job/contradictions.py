@@ -122,6 +122,27 @@ def _aggregation(job: "Job") -> Iterator[str]:
         yield from _scaffold(job)
 
 
+def _compression(job: "Job") -> Iterator[str]:
+    """Of what clients hand in, and of what they are told."""
+    wire, aggregation = job.wire, job.aggregation
+    up = f"wire.update={wire.update}, wire.update_density={wire.update_density:g}"
+    down = f"wire.average={wire.average}, wire.average_density={wire.average_density:g}"
+    for compresses, settings in ((wire.compresses_updates, up), (wire.compresses_averages, down)):
+        if not compresses:
+            continue
+        if not set(job.client_parts) & set(job.training.parts):
+            yield f"{settings} have nothing to act on: add head or tail to training.parts"
+        if isinstance(aggregation, Scaffold):
+            yield f"{settings} contradict aggregation.type=scaffold, whose control variates are read off whole updates"
+        if aggregation.lora == "exact":
+            yield f"{settings} contradict aggregation.lora=exact: what is left out would not be in its residual"
+    if aggregation.robust and wire.update_density < 1.0:
+        yield (
+            f"wire.update_density={wire.update_density:g} contradicts aggregation.type={aggregation.type}: each client "
+            "sends other values, and most of what would be compared is 0; wire.update alone goes with it"
+        )
+
+
 def _lora(job: "Job") -> Iterator[str]:
     aggregation = job.aggregation
     name = f"aggregation.lora={aggregation.lora}"
@@ -150,4 +171,11 @@ def _scaffold(job: "Job") -> Iterator[str]:
         yield f"aggregation.type=scaffold needs {', '.join(missing)}"
 
 
-CHECKS: tuple[Callable[["Job"], Iterator[str]], ...] = (_cohort, _weights, _plain_fedavg, _prompt, _aggregation)
+CHECKS: tuple[Callable[["Job"], Iterator[str]], ...] = (
+    _cohort,
+    _weights,
+    _plain_fedavg,
+    _prompt,
+    _aggregation,
+    _compression,
+)

@@ -28,6 +28,7 @@ import msgpack
 from pydantic import Field, TypeAdapter, ValidationError
 
 from shared.errors import SchemaError
+from shared.payload.pieces import Piece
 from shared.payload.schema import Count, Hex
 from shared.payload.schema import Message as Message
 from shared.payload.tensors import TensorInfo
@@ -48,6 +49,12 @@ Purpose = Literal["train", "evaluate"]
 
 class WithTensors(Message):
     tensors: Annotated[tuple[TensorInfo, ...], Field(max_length=MAX_BODY_FRAMES - 1)] = ()
+
+
+class WithPieces(WithTensors):
+    """`pieces`: part of a difference in place of values, a frame each, after those of the tensors."""
+
+    pieces: Annotated[tuple[Piece, ...], Field(max_length=MAX_BODY_FRAMES - 1)] = ()
 
 
 class Welcome(Message):
@@ -74,9 +81,9 @@ class Join(Message):
     rows: Count
 
 
-class RoundStart(WithTensors):
+class RoundStart(WithPieces):
     """Answers Join or Update: round `round` (from 0) begins. Tensors: head and tail averages, if any; control variates;
-    residuals.
+    residuals. Pieces, in answer to an Update alone: the averages' difference to what the round before began with.
 
     `refused`: why the Update that this answers did not count, if so.
     """
@@ -149,8 +156,10 @@ class Release(Message):
     stream: RequestId
 
 
-class Update(WithTensors):
-    """What the client trains in head and tail after the local steps of `round`, weighted `weight` in the average."""
+class Update(WithPieces):
+    """What the client trains in head and tail after the local steps of `round`, weighted `weight` in the average; or in
+    pieces its difference to what the round began with.
+    """
 
     type: Literal["update"] = "update"
     request: RequestId
@@ -158,8 +167,8 @@ class Update(WithTensors):
     weight: Annotated[int, Field(ge=1, lt=2**53)]
 
 
-class Finished(WithTensors):
-    """Answers Join or Update: the job is done. Tensors: the last averages. `refused` as in RoundStart."""
+class Finished(WithPieces):
+    """Answers Join or Update: the job is done. Tensors: the last averages. Pieces and `refused` as in RoundStart."""
 
     type: Literal["finished"] = "finished"
     request: RequestId
@@ -212,7 +221,7 @@ def _unpack(schema: TypeAdapter[Any], frames: Sequence[Frame]) -> tuple[Any, Seq
     except (ValueError, ValidationError, msgpack.UnpackException) as error:
         raise SchemaError(f"a message that breaks its schema ({type(error).__name__})") from None
     tensors = frames[1:]
-    announced = len(getattr(message, "tensors", ()))
+    announced = len(getattr(message, "tensors", ())) + len(getattr(message, "pieces", ()))
     if announced != len(tensors):
         raise SchemaError(f"{announced} tensors announced, {len(tensors)} frames came")
     return message, tensors
