@@ -16,6 +16,7 @@ from worker_client.data import Row
 from worker_client.head_tail import HeadTail
 from worker_client.link import Link
 from worker_client.remote_trunk import Boundary, RemoteTrunk
+from worker_client.training import after
 
 # A tensor at the round's start and after the local steps, to what is handed in.
 Change = Callable[[Tensor, Tensor], Tensor]
@@ -77,7 +78,8 @@ class TamperingTrunk(RemoteTrunk):
 
     def _seen(self, boundary: Boundary) -> Boundary:
         self.start.update(boundary.averages)
-        self.start.update({name: self.start[name] + change for name, change in boundary.change.items()})
+        if boundary.pieces:
+            self.start.update(after(self.job.wire, self.start, boundary))
         return boundary
 
 

@@ -29,7 +29,7 @@ from benchmarks.reporting import Goal, parser, publish
 from benchmarks.shared_data import shared_file
 from benchmarks.wire import BATCH, LONGEST, TIMEOUT_S, load_sites
 from launcher.in_process import Background, Serving, Site, serving
-from shared.error_feedback import Compressed, Shapes
+from shared.error_feedback import Compressed
 from shared.job import Cohort, Data, Full, Job, Lora, Method, Rounds, Split, Training, Wire, WireFormat
 from shared.model.checkpoint import checkpoint_of
 from worker_client.head_tail import load_client_parts
@@ -87,9 +87,9 @@ class MeteredTrunk(LocalTrunk):
         boundary = super().update(round, weight, values)
         return self._note(before, boundary)
 
-    def update_in_part(self, round: int, weight: int, difference: Compressed, shapes: Shapes) -> Boundary:
+    def update_in_part(self, round: int, weight: int, difference: Compressed) -> Boundary:
         before = self._counted()
-        boundary = super().update_in_part(round, weight, difference, shapes)
+        boundary = super().update_in_part(round, weight, difference)
         return self._note(before, boundary)
 
     def _counted(self) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shared.error_feedback import Compressed, Shapes, decompress
+from shared.error_feedback import Compressed
 from shared.errors import SchemaError
 from shared.job import Job
 from shared.payload.messages import (
@@ -24,12 +24,11 @@ from shared.payload.messages import (
     RoundStart,
     Update,
 )
+from shared.payload.pieces import Piece
 from shared.payload.tensors import decode, encode
 from shared.wire.envelope import Frame
 from worker_client.batches import Batch
 from worker_client.link import Answer, Link
-
-NO_SHAPES: Shapes = {}
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class Boundary:
     """Between rounds: the round to train next, or None when the job is finished, and the averages of head and tail.
 
     `control`: the server's control variates (SCAFFOLD), `residuals`: by module, what is added to frozen weights
-    (FedEx-LoRA), if there are any yet. `change`: in place of averages, what they differ by from what the round before
-    began with. `refused`: why the update of the round before did not count, if so.
+    (FedEx-LoRA), if there are any yet. `pieces` with their `frames`: in place of averages, part of their difference to
+    what the round before began with. `refused`: why the update of the round before did not count, if so.
     """
 
     round: int | None
@@ -47,7 +46,8 @@ class Boundary:
     control: dict[str, Tensor] = field(default_factory=dict)
     residuals: dict[str, Tensor] = field(default_factory=dict)
     refused: str | None = None
-    change: dict[str, Tensor] = field(default_factory=dict)
+    pieces: tuple[Piece, ...] = ()
+    frames: Sequence[Frame] = ()
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,13 @@ class RemoteTrunk:
             weight=max(1, weight),
             tensors=tuple(info for info, _ in encoded),
         )
-        shapes = {name: value.shape for name, value in values.items()}
-        return self._boundary(message, [frame for _, frame in encoded], shapes)
+        return self._boundary(message, [frame for _, frame in encoded])
 
-    def update_in_part(self, round: int, weight: int, difference: Compressed, shapes: Shapes) -> Boundary:
-        """Hand in part of the difference to the start of `round`; `shapes` of the whole."""
+    def update_in_part(self, round: int, weight: int, difference: Compressed) -> Boundary:
+        """Hand in part of the difference to the start of `round`."""
         request = self.link.next_request()
         message = Update(request=request, round=round, weight=max(1, weight), pieces=difference.pieces)
-        return self._boundary(message, difference.frames, shapes)
+        return self._boundary(message, difference.frames)
 
     def send_forward(
         self,
@@ -156,25 +155,19 @@ class RemoteTrunk:
         message = Forward(request=self.link.next_request(), lengths=batch.lengths, tensors=(info,), **settings)
         return Pending(message.request, tuple(hidden.shape), self.link.send(message, [frame]))
 
-    def _boundary(self, message: Join | Update, frames: Sequence[Frame], shapes: Shapes = NO_SHAPES) -> Boundary:
-        """`shapes`: of what the client still holds from the start of the round before, which pieces are added to."""
+    def _boundary(self, message: Join | Update, frames: Sequence[Frame]) -> Boundary:
         answer = self._call(message, frames)
         reply = _expect(answer, RoundStart, Finished)
         tensors = {
             info.name: decode(info, frame, dtype="float32")
             for info, frame in zip(reply.tensors, answer.frames, strict=False)
         }
-        change: dict[str, Tensor] = {}
-        if reply.pieces:
-            _check_follows(message, reply)
-            wire = self.job.wire
-            pieces = answer.frames[len(reply.tensors) :]
-            change = decompress(reply.pieces, pieces, shapes, wire.average_density, wire.average)
+        pieces = answer.frames[len(reply.tensors) :]
         control, residuals = (_under(prefix, tensors) for prefix in (CONTROL, RESIDUAL))
         averages = {name: value for name, value in tensors.items() if not name.startswith((CONTROL, RESIDUAL))}
         finished = isinstance(reply, Finished)
         round, members = (None, 0) if finished else (reply.round, reply.members)
-        return Boundary(round, members, averages, control, residuals, reply.refused, change)
+        return Boundary(round, members, averages, control, residuals, reply.refused, reply.pieces, pieces)
 
     def _call(self, message: Any, frames: Sequence[Frame]) -> Answer:
         return self.link.call(message, frames, timeout_s=self.timeout_s)
@@ -184,13 +177,6 @@ def _expect(answer: Answer, *kinds: type) -> Any:
     if not isinstance(answer.message, kinds):
         raise SchemaError(f"the server answered with a {answer.message.type} message")
     return answer.message
-
-
-def _check_follows(message: Join | Update, reply: RoundStart | Finished) -> None:
-    """Raises SchemaError unless the answer's round begins where that of the update ended."""
-    ended = reply.rounds if isinstance(reply, Finished) else reply.round
-    if not isinstance(message, Update) or ended != message.round + 1:
-        raise SchemaError("the server sent a difference to values that this client does not hold")
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from shared import state_files
-from shared.error_feedback import Compressed, compress
-from shared.errors import CheckpointError, TensorError
-from shared.job import Job
+from shared.error_feedback import Compressed, compress, decompress
+from shared.errors import CheckpointError, SchemaError, TensorError
+from shared.job import Job, Wire
 from shared.model.optimizer import PartOptimizer
 from shared.model.trainable import load_trained
 from worker_client.batches import pack_rows
@@ -43,7 +43,8 @@ class Training:
     unsent: dict[str, Tensor] = field(init=False, default_factory=dict)
     """What is left of this client's differences, by name; empty where updates travel whole."""
     start: dict[str, Tensor] = field(init=False, default_factory=dict)
-    """What the round began with, where differences to it travel."""
+    """What round `started` began with, where differences to it travel."""
+    started: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.optimizer = self._fresh_optimizer()
@@ -90,8 +91,7 @@ class Training:
     def _hand_in(self, round: int, weight: int, difference: Compressed | None) -> Boundary:
         if difference is None:
             return self.trunk.update(round, weight, self._trained())
-        shapes = {name: value.shape for name, value in self.start.items()}
-        return self.trunk.update_in_part(round, weight, difference, shapes)
+        return self.trunk.update_in_part(round, weight, difference)
 
     def _train_round(self, boundary: Boundary) -> int:
         assert boundary.round is not None
@@ -137,19 +137,23 @@ class Training:
         return {name: parameter.detach() for name, parameter in self.parts.parameters.items()}
 
     def _apply(self, boundary: Boundary) -> None:
-        """Take over the averages. Raises TensorError if they, control variates or residuals do not fit."""
+        """Take over the averages, or add what they differ by. Raises TensorError if they, control variates or residuals
+        do not fit, SchemaError if it is a difference to what this client does not hold.
+        """
         expected = {name: parameter.shape for name, parameter in self.parts.parameters.items()}
-        for values in (boundary.averages, boundary.control, boundary.change):
+        for values in (boundary.averages, boundary.control):
             if values and {name: value.shape for name, value in values.items()} != expected:
                 raise TensorError("the server's averages do not fit this client's parts")
+        if boundary.pieces and self.started != self.completed - 1:
+            raise SchemaError("the server sent a difference to values that this client does not hold")
         self.parts.residuals.apply(boundary.residuals)
         if boundary.averages:
             load_trained(self.parts.parameters, boundary.averages)
-        if boundary.change:
-            told = {name: self.start[name] + change for name, change in boundary.change.items()}
-            load_trained(self.parts.parameters, told)
+        if boundary.pieces:
+            load_trained(self.parts.parameters, after(self.job.wire, self.start, boundary))
         if self.job.wire.compresses_updates or self.job.wire.compresses_averages:
             self.start = {name: value.clone() for name, value in self._trained().items()}
+            self.started = boundary.round
 
     def _resume(self) -> None:
         """Continue from the newest readable checkpoint in `out`, or begin with `checkpoint-0`.
@@ -203,6 +207,13 @@ class Training:
         tensors["random/torch"] = torch.get_rng_state()
         facts = {"job": self.job.digest().hex(), "steps": self.optimizer.steps}
         state_files.save(self.out, self.completed, tensors, facts, keep=KEPT_CHECKPOINTS)
+
+
+def after(wire: Wire, start: Mapping[str, Tensor], boundary: Boundary) -> dict[str, Tensor]:
+    """What all go on from, where the boundary brings its difference to `start`. Raises TensorError."""
+    shapes = {name: value.shape for name, value in start.items()}
+    change = decompress(boundary.pieces, boundary.frames, shapes, wire.average_density, wire.average)
+    return {name: value + change[name].to(value.device) for name, value in start.items()}
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.fidelity import Case, make_job, random_rows
-from benchmarks.tiny_models import save_tiny_model
+from benchmarks.fidelity import Case, make_job, random_rows, write_random_rows
+from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
+from launcher import local_run
 from launcher.in_process import Background, Outcome, Site, serving, train_in_process, train_one, trunk_tensors
 from shared import state_files
-from shared.error_feedback import Compressed, Shapes
+from shared.error_feedback import Compressed
 from shared.errors import CheckpointError, ConnectionFailed
 from shared.job import Full, Job, Lora, Method, parse_job
 from shared.model.checkpoint import checkpoint_of
@@ -26,6 +27,7 @@ from worker_client.head_tail import HeadTail, load_client_parts
 from worker_client.link import Link
 from worker_client.local_trunk import trunk_of
 from worker_client.remote_trunk import Boundary, RemoteTrunk
+from worker_client.training import after
 
 NAMES = ("a", "b")
 LORA = Lora(r=2)
@@ -103,9 +105,9 @@ class Watched(RemoteTrunk):
     def join(self, rows: int) -> Boundary:
         return self._noted(super().join(rows))
 
-    def update_in_part(self, round: int, weight: int, difference: Compressed, shapes: Shapes) -> Boundary:
+    def update_in_part(self, round: int, weight: int, difference: Compressed) -> Boundary:
         self.sent.append(difference)
-        return self._noted(super().update_in_part(round, weight, difference, shapes))
+        return self._noted(super().update_in_part(round, weight, difference))
 
     def update(self, round: int, weight: int, values: Mapping[str, Tensor]) -> Boundary:
         return self._noted(super().update(round, weight, values))
@@ -166,7 +168,7 @@ def test_what_a_client_sent_and_keeps_is_what_it_changed(model: Path, tmp_path: 
     account = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in begun.items()}
     for round in range(3):
         if round:
-            begun = {name: begun[name] + change for name, change in trunk.boundaries[round].change.items()}
+            begun = after(job.wire, begun, trunk.boundaries[round])
         trained = of(tmp_path / "a", round + 1, "trained/")
         for name in account:
             account[name] += trained[name].double() - begun[name].double()
@@ -202,9 +204,9 @@ def test_killed_and_resumed_it_ends_bit_equal(wire: str, model: Path, tmp_path: 
     # Who comes back is told everything, and what follows is a difference again.
     first, *later = watch.trunks["a"].boundaries
     assert first.averages
-    assert not first.change
+    assert not first.pieces
     assert later
-    assert all(boundary.change and not boundary.averages for boundary in later)
+    assert all(boundary.pieces and not boundary.averages for boundary in later)
 
 
 def test_an_undone_round_sends_the_same_bytes_again(model: Path, tmp_path: Path) -> None:
@@ -214,19 +216,19 @@ def test_an_undone_round_sends_the_same_bytes_again(model: Path, tmp_path: Path)
 
     @dataclass(frozen=True)
     class Noted(RemoteTrunk):
-        def update_in_part(self, round: int, weight: int, difference: Compressed, shapes: Shapes) -> Boundary:
+        def update_in_part(self, round: int, weight: int, difference: Compressed) -> Boundary:
             sent.append((round, difference.frames))
-            return super().update_in_part(round, weight, difference, shapes)
+            return super().update_in_part(round, weight, difference)
 
     class Vanished(Exception):
         """Stands for kill -9."""
 
     @dataclass(frozen=True)
     class Vanishing(RemoteTrunk):
-        def update_in_part(self, round: int, weight: int, difference: Compressed, shapes: Shapes) -> Boundary:
+        def update_in_part(self, round: int, weight: int, difference: Compressed) -> Boundary:
             if round == 2:
                 raise Vanished
-            return super().update_in_part(round, weight, difference, shapes)
+            return super().update_in_part(round, weight, difference)
 
     def noted(link: Link, job: Job, parts: HeadTail, timeout_s: float) -> RemoteTrunk:
         return Noted(link, job, timeout_s)
@@ -267,13 +269,9 @@ def test_a_latecomer_is_told_everything(model: Path, tmp_path: Path) -> None:
         def heard(event: dict[str, Any]) -> None:
             if event["event"] == "step" and event["round"] == 1 and not late:
                 late.append(Background("b", partial(run, "b")))
-                joined.wait_for_join(running)
-
-        class joined:
-            @staticmethod
-            def wait_for_join(running: Any) -> None:
                 service = running.running.service
-                while not any(ticket.client == "b" for ticket in service.rounds.lobby.values()):
+                assert service is not None
+                while late[0].thread.is_alive() and not service.rounds.lobby:
                     late[0].thread.join(0.01)
 
         run("a")
@@ -282,9 +280,9 @@ def test_a_latecomer_is_told_everything(model: Path, tmp_path: Path) -> None:
     first, *later = watch.trunks["b"].boundaries
     assert first.round == 2
     assert first.averages
-    assert not first.change
+    assert not first.pieces
     assert len(later) == 2
-    assert all(boundary.change and not boundary.averages for boundary in later)
+    assert all(boundary.pieces and not boundary.averages for boundary in later)
     mine, theirs = outcomes["a"].parts.parameters, outcomes["b"].parts.parameters
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
@@ -301,7 +299,7 @@ def test_full_density_in_float32_is_what_it_was(model: Path, tmp_path: Path) -> 
     for name in NAMES:
         assert watch.trunks[name].sent == []
         assert all(boundary.averages for boundary in watch.trunks[name].boundaries[1:])
-        assert not any(boundary.change for boundary in watch.trunks[name].boundaries)
+        assert not any(boundary.pieces for boundary in watch.trunks[name].boundaries)
         assert of(tmp_path / name, 3, "unsent/") == {}
     assert of(tmp_path / "server-state", 3, "unsent/") == {}
 
@@ -392,10 +390,10 @@ def none_at_all(sent: Sequence[Piece], frames: Sequence[bytes]) -> tuple[Sequenc
 class Spoiling(RemoteTrunk):
     spoil: Spoil = none_at_all
 
-    def update_in_part(self, round: int, weight: int, difference: Compressed, shapes: Shapes) -> Boundary:
+    def update_in_part(self, round: int, weight: int, difference: Compressed) -> Boundary:
         pieces, frames = self.spoil(difference.pieces, difference.frames)
         spoilt = Compressed(tuple(pieces), tuple(frames), difference.sent, difference.unsent)
-        return super().update_in_part(round, weight, spoilt, shapes)
+        return super().update_in_part(round, weight, spoilt)
 
 
 @pytest.mark.parametrize(
@@ -436,6 +434,22 @@ def test_a_bad_update_is_counted_and_the_round_goes_on(spoil: Spoil, said: str, 
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
     assert of(tmp_path / "b", 2, "unsent/") == {}
     assert of(tmp_path / "a", 2, "unsent/")
+
+
+@pytest.mark.slow
+def test_replicas_tell_their_clients_the_same(model: Path, tmp_path: Path) -> None:
+    """Two servers, a client each: what is told, and what is untold, is the same at both after every round."""
+    save_word_tokenizer(model)
+    job = job_of(model, BOTH_WAYS["sparse, quantised"])
+    rows = {name: write_random_rows(tmp_path / f"{name}.jsonl", 8, seed) for seed, name in enumerate(NAMES)}
+    people = [local_run.Site(name, path, path) for name, path in rows.items()]
+    local_run.train_together(job, people, tmp_path / "run", replicas=2)
+    states = [tmp_path / "run" / "server-state" / f"replica-{replica}" for replica in range(2)]
+    for number in (2, 3):
+        for prefix in ("average/", "unsent/"):
+            first, second = (of(state, number, prefix) for state in states)
+            assert first
+            assert different(first, second) == []
 
 
 def test_a_client_ahead_of_a_server_that_lost_everything_is_told(model: Path, tmp_path: Path) -> None:

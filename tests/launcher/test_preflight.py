@@ -22,7 +22,7 @@ from launcher.in_process import Background, Site, serving, train_one
 from launcher.main import main
 from launcher.preflight.checks import Check, Checklist, Status, one_line
 from launcher.preflight.files import check_clock, check_expiry
-from launcher.preflight.models import count, server_need
+from launcher.preflight.models import client_need, count, server_need
 from launcher.preflight.network import check_broker, check_free, check_metrics, check_name, probing
 from launcher.preflight.resources import Need, available_memory, check_checkpoints, check_disk, check_memory, size
 from launcher.preflight.server import check_device
@@ -561,3 +561,19 @@ def test_what_the_aggregation_keeps_is_counted(tmp_path: Path) -> None:
     assert averages == 4 * trained > 0
     assert need("fedadam").memory - need("fedavg").memory == 2 * averages
     assert need("fedadam").disk - need("fedavg").disk == 2 * 2 * averages
+
+
+def test_what_is_kept_of_differences_is_counted(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(str(save_tiny_model("llama", tmp_path)))
+    plan = SplitPlan(1, 1, 4)
+
+    def needs(**wire: float) -> tuple[Need, Need]:
+        job = parse_job({"model_name_or_path": "m", "wire": wire}, "job")
+        return client_need(checkpoint, job, plan, 3), server_need(checkpoint, job, plan, 2)
+
+    (client, server), (up, _), (down, told) = needs(), needs(update_density=0.1), needs(average_density=0.1)
+    trained = 4 * count(checkpoint, parse_job({"model_name_or_path": "m"}, "job"), plan, ("head", "tail"))[1]
+    assert up.memory - client.memory == 2 * trained > 0  # what the round began with, and what is unsent
+    assert up.disk - client.disk == 3 * trained
+    assert (down.memory - client.memory, down.disk) == (trained, client.disk)
+    assert (told.memory - server.memory, told.disk - server.disk) == (trained, 2 * trained)
