@@ -17,6 +17,7 @@ from worker_client.data import Row
 from worker_client.head_tail import HeadTail
 from worker_client.link import Link
 from worker_client.remote_trunk import Boundary, RemoteTrunk
+from worker_client.training import told
 
 # A tensor at the round's start and after the local steps, to what is handed in.
 Change = Callable[[Tensor, Tensor], Tensor]
@@ -78,6 +79,8 @@ class TamperingTrunk(RemoteTrunk):
 
     def _seen(self, boundary: Boundary) -> Boundary:
         self.start.update(boundary.averages)
+        if boundary.pieces:
+            self.start.update(told(self.job.wire, self.start, boundary))
         return boundary
 
 

@@ -15,12 +15,10 @@ from torch import Tensor
 
 from shared.errors import JobError, SchemaError
 from shared.job import Job
-from shared.job.secure import neighbourhood
+from shared.job.secure import CLIP, neighbourhood
 from shared.secure_aggregation.fixed_point import Floats
 from shared.secure_aggregation.terms import MAX_LENGTH, MAX_WEIGHT, Member, Terms
 
-CLIP = 1024.0
-"""Larger differences are clipped to it, and counted. No parameter goes so far in a round that is of any use."""
 LARGEST_ERROR = 1e-7
 """Of a value of the mean, where 64-bit words give that much; they do for a million target tokens of 512 clients."""
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from shared.error_feedback import Compressed
 from shared.errors import SchemaError
 from shared.job import Job
 from shared.payload.messages import (
@@ -27,6 +28,7 @@ from shared.payload.messages import (
     SumOf,
     Update,
 )
+from shared.payload.pieces import Piece
 from shared.payload.tensors import decode, encode
 from shared.wire.envelope import Frame
 from worker_client.batches import Batch
@@ -42,7 +44,8 @@ class Boundary:
     `control`: the server's control variates (SCAFFOLD), `residuals`: by module, what is added to frozen weights
     (FedEx-LoRA), if there are any yet. `refused`: why the update of the round before did not count, if so. `counted`:
     how many rounds were complete when an update of this client last did, None if the server cannot say. `sum`: among
-    whom updates are masked, if they are.
+    whom updates are masked, if they are. `pieces` with their `frames`: in place of averages, part of their difference
+    to what the round before began with.
     """
 
     round: int | None
@@ -53,6 +56,8 @@ class Boundary:
     refused: str | None = None
     counted: int | None = None
     sum: SumOf | None = None
+    pieces: tuple[Piece, ...] = ()
+    frames: Sequence[Frame] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,12 @@ class RemoteTrunk:
             tensors=tuple(info for info, _ in encoded),
         )
         return self._boundary(message, [frame for _, frame in encoded])
+
+    def update_in_part(self, round: int, weight: int, difference: Compressed) -> Boundary:
+        """Hand in part of the difference to the start of `round`."""
+        request = self.link.next_request()
+        message = Update(request=request, round=round, weight=max(1, weight), pieces=difference.pieces)
+        return self._boundary(message, difference.frames)
 
     def mask(
         self, round: int, body: Message, due: type[Due], frames: Sequence[Frame] = (), *, weight: int = 0
@@ -185,13 +196,15 @@ class RemoteTrunk:
         reply = _expect(answer, RoundStart, Finished)
         tensors = {
             info.name: decode(info, frame, dtype="float32")
-            for info, frame in zip(reply.tensors, answer.frames, strict=True)
+            for info, frame in zip(reply.tensors, answer.frames, strict=False)
         }
+        pieces = answer.frames[len(reply.tensors) :]
         control, residuals = (_under(prefix, tensors) for prefix in (CONTROL, RESIDUAL))
         averages = {name: value for name, value in tensors.items() if not name.startswith((CONTROL, RESIDUAL))}
         finished = isinstance(reply, Finished)
         round, members, sum = (None, 0, None) if finished else (reply.round, reply.members, reply.sum)
-        return Boundary(round, members, averages, control, residuals, reply.refused, reply.counted, sum)
+        told = averages, control, residuals, reply.refused, reply.counted, sum
+        return Boundary(round, members, *told, reply.pieces, pieces)
 
     def _call(self, message: Any, frames: Sequence[Frame]) -> Answer:
         return self.link.call(message, frames, timeout_s=self.round_timeout_s)

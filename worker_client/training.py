@@ -2,15 +2,16 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from shared import state_files
-from shared.errors import CheckpointError, Refused, TensorError
-from shared.job import CentralPrivacy, Job
+from shared.error_feedback import Compressed, compress, decompress
+from shared.errors import CheckpointError, Refused, SchemaError, TensorError
+from shared.job import CentralPrivacy, Job, Wire
 from shared.model.optimizer import PartOptimizer
 from shared.model.trainable import load_trained
 from shared.secure_aggregation.terms import Terms
@@ -58,6 +59,9 @@ class Training:
     """What is carried on if the update of the round trained last counts."""
     trained: int = field(init=False, default=0)
     """How many rounds are complete with that one."""
+    start: dict[str, Tensor] = field(init=False, default_factory=dict)
+    """What round `started` began with, of what is handed in, where differences to it are."""
+    started: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         assert (self.protection is None) == (self.job.privacy.type == "none")
@@ -96,20 +100,35 @@ class Training:
 
     def _take_part(self, round: int, boundary: Boundary, masked: MaskedUpdates, terms: Terms | None) -> Boundary:
         """Train a round and hand in what came of it; where the next begins."""
-        start = {} if terms is None else {name: value.clone() for name, value in _values(self.parts.shared).items()}
-        weight = self._weight(self._train_round(round, boundary))
+        drift = begin(self.job, self.parts.shared, boundary.control, self.carried.control)
+        steps = Steps(self.job, self.parts, self.trunk, self.rows, self.optimizer, self.report, drift)
+        weight = self._weight(steps.train_round(round))
         update = _values(self.parts.shared)
         if self.protection is not None:
             update = self.protection.hand_in(round, update)
+        compressed = self._compressed(update)
+        unsent = {} if compressed is None else compressed.unsent
+        after = Carried(next_control(self.job, drift, self.parts.shared), unsent)
+        self.after = after if after.finite else None
         self.completed = self.trained = round + 1
         self._save()
-        if terms is None:
-            after = self.trunk.update(round, weight, update)
+        if compressed is not None:
+            ended = self.trunk.update_in_part(round, weight, compressed)
+        elif terms is not None:
+            ended = masked.hand_in(self.trunk, terms, round, weight, self.start, update)
         else:
-            after = masked.hand_in(self.trunk, terms, round, weight, start, update)
-        if after.refused is not None:
-            self.report({"event": "update_refused", "round": round, "reason": after.refused})
-        return after
+            ended = self.trunk.update(round, weight, update)
+        if ended.refused is not None:
+            self.report({"event": "update_refused", "round": round, "reason": ended.refused})
+        return ended
+
+    def _compressed(self, values: Mapping[str, Tensor]) -> Compressed | None:
+        """What goes up of what this round changed, if not all values do."""
+        wire = self.job.wire
+        if not wire.compresses_updates:
+            return None
+        change = {name: value - self.start[name] for name, value in values.items()}
+        return compress(change, self.carried.unsent, wire.update_density, wire.update)
 
     def _left_behind(self, round: int) -> Boundary:
         """The others went on without this client, or began anew: be as it was when the round began, and join again.
@@ -119,14 +138,6 @@ class Training:
         self.report({"event": "left_behind", "round": round})
         self._go_back(round, moved=True)
         return self.trunk.join(len(self.rows))
-
-    def _train_round(self, round: int, boundary: Boundary) -> int:
-        drift = begin(self.job, self.parts.shared, boundary.control, self.carried.control)
-        steps = Steps(self.job, self.parts, self.trunk, self.rows, self.optimizer, self.report, drift)
-        weight = steps.train_round(round)
-        after = replace(self.carried, control=next_control(self.job, drift, self.parts.shared))
-        self.after = after if after.finite else None
-        return weight
 
     def _weight(self, target_tokens: int) -> int:
         """What this client counts in a round's mean."""
@@ -165,17 +176,24 @@ class Training:
         return PartOptimizer(self.parts.parameters, self.job.training, self.job.total_steps)
 
     def _apply(self, boundary: Boundary) -> None:
-        """Take over the averages; personal parts stay. Raises TensorError if they, control variates or residuals do
-        not fit.
+        """Take over the averages, or add what they differ by. Raises TensorError if they, control variates or residuals
+        do not fit, SchemaError if it is a difference to what this client does not hold.
         """
         expected = {name: parameter.shape for name, parameter in self.parts.shared.items()}
-        for told in (boundary.averages, boundary.control):
-            if told and {name: value.shape for name, value in told.items()} != expected:
+        for values in (boundary.averages, boundary.control):
+            if values and {name: value.shape for name, value in values.items()} != expected:
                 raise TensorError("the server's averages do not fit this client's parts")
+        if boundary.pieces and self.started != self.completed - 1:
+            raise SchemaError("the server sent a difference to values that this client does not hold")
         self.parts.residuals.apply(boundary.residuals)
-        if not boundary.averages:
-            return
-        load_trained(self.parts.shared, boundary.averages)
+        if boundary.averages:
+            load_trained(self.parts.shared, boundary.averages)
+        if boundary.pieces:
+            load_trained(self.parts.shared, told(self.job.wire, self.start, boundary))
+        wire = self.job.wire
+        if wire.compresses_updates or wire.compresses_averages or self.job.secure != "off":
+            self.start = {name: value.clone() for name, value in _values(self.parts.shared).items()}
+            self.started = boundary.round
 
     def _resume(self) -> None:
         """Continue from the newest readable checkpoint in `out`, or begin with `checkpoint-0`.
@@ -192,6 +210,11 @@ class Training:
         """
         if round != self.completed:
             self._go_back(round)
+        if round == 0 and self.completed and self.job.wire.compresses_averages:
+            raise CheckpointError(
+                f"{self.out}: this client completed {self.completed} rounds, and the server begins with the first",
+                hint="give --out another folder",
+            )
         if round != self.completed and self.job.cohort.sampled is None:
             self.report({"event": "rounds_missed", "completed": self.completed, "round": round})
         self.completed = round
@@ -265,6 +288,13 @@ class Training:
 
 def _values(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+def told(wire: Wire, start: Mapping[str, Tensor], boundary: Boundary) -> dict[str, Tensor]:
+    """What all go on from, where the boundary brings its difference to `start`. Raises TensorError."""
+    shapes = {name: value.shape for name, value in start.items()}
+    change = decompress(boundary.pieces, boundary.frames, shapes, wire.average_density, wire.average)
+    return {name: value + change[name].to(value.device) for name, value in start.items()}
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from worker_server.progress import Progress
 from worker_server.replicas import Replicas
 from worker_server.round_end import aggregate
 from worker_server.streams import StreamCaches
+from worker_server.telling import tell
 from worker_server.trunk import Trunk
 from worker_server.work import (
     Aggregate,
@@ -175,10 +176,7 @@ class Engine:
         progress, trunk = self.progress, self.progress.trunk
         heads_and_tails = progress.start()
         start = {**heads_and_tails, **trunk.own_start()}
-        updates = [
-            Update(ticket.client, ticket.weight, {**ticket.payload, **trunk.own_values(ticket.client)})
-            for ticket in tickets
-        ]
+        updates = [self._update(ticket) for ticket in tickets]
         weight = sum(update.weight for update in updates)
         if summed is not None:
             weight = summed.weight
@@ -193,11 +191,20 @@ class Engine:
         trunk.take_residuals(result.state)
         contributors = [update.client for update in updates] if summed is None else summed.contributors
         counted = () if result.values is start else contributors
-        progress.complete_round({name: result.values[name] for name in heads_and_tails}, result.state, counted)
+        averages = {name: result.values[name] for name in heads_and_tails}
+        told = tell(progress.job.wire, heads_and_tails, averages, progress.unsent)
+        progress.complete_round(told.values, result.state, counted, told.unsent, told.change)
         if self.replicas is not None and isinstance(progress.job.privacy, CentralPrivacy):
             # Nobody is told before all have kept it: a round begun again gets other noise, and would be paid for twice.
             self.replicas.total(1)
         return result.bounded
+
+    def _update(self, ticket: Ticket) -> Update:
+        """What the client handed in, values or differences, and what its own adapter here has become."""
+        own = self.progress.trunk.own_values(ticket.client)
+        if self.progress.job.wire.compresses_updates:
+            return Update(ticket.client, ticket.weight, own, changes=ticket.payload)
+        return Update(ticket.client, ticket.weight, {**ticket.payload, **own})
 
 
 def _answered(work: Work, tickets: tuple[Ticket, ...], outputs: list[Tensor]) -> Computed:

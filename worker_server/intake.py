@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from shared.error_feedback import decompress
 from shared.errors import Refused, TensorError
 from shared.job import Job
 from shared.masked_updates import most_tokens
@@ -75,17 +76,40 @@ class Intake:
         )
 
     def update(self, session: Session, message: Update, frames: Sequence[Frame]) -> Ticket:
-        """Raises TensorError unless exactly the expected tensors came, in float32; Refused for too large a weight."""
+        """Values, or differences where the job compresses updates (`wire.update`, `wire.update_density`).
+
+        Raises TensorError unless exactly the expected ones came; Refused for too large a weight.
+        """
         self._check_weight(message.weight)
+        read = self._differences if self.job.wire.compresses_updates else self._values
+        values = read(message, frames)
+        return Ticket(
+            session.id,
+            session.client,
+            message.request,
+            values,
+            weight=message.weight,
+            held=message.round,
+            public=session.public,
+        )
+
+    def _differences(self, message: Update, frames: Sequence[Frame]) -> dict[str, Tensor]:
+        if message.tensors:
+            raise TensorError("the job's updates are differences in pieces (wire.update), not tensors")
+        wire = self.job.wire
+        return decompress(message.pieces, frames, self.update_shapes, wire.update_density, wire.update)
+
+    def _values(self, message: Update, frames: Sequence[Frame]) -> dict[str, Tensor]:
+        if message.pieces:
+            raise TensorError("the job's updates are whole tensors in float32, not pieces of a difference")
         names = [info.name for info in message.tensors]
         if len(set(names)) != len(names) or set(names) != set(self.update_shapes):
             odd = sorted(set(names) ^ set(self.update_shapes))
             raise TensorError(f"the update's tensors are not those of the job, for example {odd[:1]}")
-        values = {
+        return {
             info.name: decode(info, frame, shape=self.update_shapes[info.name], dtype="float32")
             for info, frame in zip(message.tensors, frames, strict=True)
         }
-        return Ticket(session.id, session.client, message.request, values, weight=message.weight, public=session.public)
 
     def mask(self, session: Session, message: Mask) -> Ticket:
         """Raises Refused for a weight that cannot be, or none where the client has an adapter of its own here."""
@@ -93,7 +117,7 @@ class Intake:
         first = isinstance(message.body, AdvertiseKeys)
         if first and message.weight == 0 and self.job.cohort.adapters == "per_client":
             raise Refused("the client's own adapter in the trunk has no weight", reason="weight")
-        return Ticket(session.id, session.client, message.request, None, public=session.public)
+        return Ticket(session.id, session.client, message.request, None, held=message.round, public=session.public)
 
     def _check_weight(self, weight: int) -> None:
         most = most_tokens(self.job)

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from shared import state_files
+from shared.error_feedback import Compressed
 from shared.errors import CheckpointError
 from shared.job import CentralPrivacy, Job
 from shared.logs import event
@@ -27,11 +28,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """`round` completed rounds; `averages` of the clients' parts by global name (empty before the first).
+    """`round` completed rounds; `averages` of the clients' parts by global name (empty before the first), as clients
+    hold them.
 
     `initial`: what those begin with; `aggregator`: the state of its method of aggregation. `counted`: by client, how
-    many rounds were complete when an update of it last counted. `kept_at`: when (monotonic) the checkpoint of that
-    round was written or read. `clients`: those from whom the next round is drawn, where it is (cohort.sampled).
+    many rounds were complete when an update of it last counted. `unsent`: what clients were not told of the averages;
+    `change`: what brings those who hold the last round's start to `averages`, where that is what travels, and not on
+    disk. `kept_at`: when (monotonic) the checkpoint of that round was written or read. `clients`: those from whom the
+    next round is drawn, where it is (cohort.sampled).
     """
 
     folder: Path
@@ -43,6 +47,8 @@ class Progress:
     initial: Callable[[], dict[str, Tensor]] = dict
     aggregator: Mapping[str, Tensor] = field(default_factory=dict)
     counted: Mapping[str, int] = field(default_factory=dict)
+    unsent: Mapping[str, Tensor] = field(default_factory=dict)
+    change: Compressed | None = None
     kept_at: float | None = None
     clients: tuple[str, ...] = ()
 
@@ -74,6 +80,8 @@ class Progress:
         if facts["model"] != vars(self.fingerprint):
             raise CheckpointError(f"{self.folder}: belongs to another model", hint="use another --state folder")
         averages = {name.removeprefix("average/"): t for name, t in tensors.items() if name.startswith("average/")}
+        self.unsent = {name.removeprefix("unsent/"): t for name, t in tensors.items() if name.startswith("unsent/")}
+        self.change = None
         self.trunk.load_state(tensors, float(facts["steps"]))
         self.averages = averages
         self.aggregator = {n.removeprefix("aggregator/"): t for n, t in tensors.items() if n.startswith("aggregator/")}
@@ -99,9 +107,11 @@ class Progress:
         averages: dict[str, Tensor],
         aggregator: Mapping[str, Tensor] | None = None,
         counted: Iterable[str] = (),
+        unsent: Mapping[str, Tensor] | None = None,
+        change: Compressed | None = None,
     ) -> None:
         """One more round is done, with these averages, of these clients' updates; on disk before anyone is told."""
-        self.averages = averages
+        self.averages, self.unsent, self.change = averages, unsent or {}, change
         self.aggregator = aggregator or {}
         self.round += 1
         self.counted = {**self.counted, **dict.fromkeys(counted, self.round)}
@@ -131,6 +141,7 @@ class Progress:
     def save(self) -> None:
         """Write `checkpoint-<round>`. Raises CheckpointError if the disk refuses."""
         tensors = self.trunk.state() | {f"average/{name}": t for name, t in (self.averages or {}).items()}
+        tensors |= {f"unsent/{name}": t for name, t in self.unsent.items()}
         tensors |= {f"aggregator/{name}": t for name, t in self.aggregator.items()}
         facts = {
             "job": self.job.digest().hex(),

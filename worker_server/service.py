@@ -279,7 +279,7 @@ class Service:
         except (TensorError, Refused) as error:
             self._count_refusal(error, session.id)
             reason = error.message[:MAX_REASON_CHARS]
-            return Ticket(session.id, session.client, message.request, None, refused=reason)
+            return Ticket(session.id, session.client, message.request, None, refused=reason, held=message.round)
 
     def _supersede(self, session: Session, now: float) -> None:
         """End older sessions of this client: it was killed and is back before the broker has missed it."""
@@ -401,23 +401,28 @@ class Service:
         self._send(session, answer, [frame for _, frame in encoded])
 
     def _send_averages(self, answers: Sequence[Ticket], round_: int | None, sum_: SumOf | None = None) -> None:
-        """RoundStart for `round_`, or Finished, with the latest averages, to those who wait for it."""
-        told = self.engine.progress.for_clients()
-        encoded = [encode(name, tensor, "float32") for name, tensor in told.items()]
-        infos = tuple(info for info, _ in encoded)
+        """RoundStart for `round_`, or Finished, with the latest averages, to those who wait for it.
+
+        Those who still hold what the last round began with get the difference, where that is what travels.
+        """
+        progress = self.engine.progress
+        encoded = [encode(name, tensor, "float32") for name, tensor in progress.for_clients().items()]
+        infos, whole, change = tuple(info for info, _ in encoded), [frame for _, frame in encoded], progress.change
         for ticket in answers:
             session = self.sessions.get(ticket.session)
             if session is None:
                 continue
-            # A client may have been at another replica in between, which this one does not know of.
-            counted = None if self.replicas is not None else self.engine.progress.counted.get(ticket.client, 0)
-            told_too: dict[str, Any] = {"request": ticket.request, "refused": ticket.refused, "counted": counted}
+            told: dict[str, Any] = {"request": ticket.request, "refused": ticket.refused}
+            if self.replicas is None:  # a client may have been at another in between, which this one does not know of
+                told["counted"] = progress.counted.get(ticket.client, 0)
+            holds = change is not None and ticket.held == progress.round - 1
+            told |= {"pieces": change.pieces} if change is not None and holds else {"tensors": infos}
             answer: Message
             if round_ is None:
-                answer = Finished(rounds=self.rounds.round, tensors=infos, **told_too)
+                answer = Finished(rounds=self.rounds.round, **told)
             else:
-                answer = RoundStart(round=round_, members=len(answers), sum=sum_, tensors=infos, **told_too)
-            self._send(session, answer, [frame for _, frame in encoded])
+                answer = RoundStart(round=round_, members=len(answers), sum=sum_, **told)
+            self._send(session, answer, change.frames if change is not None and holds else whole)
 
     def _send(self, session: Session, message: Message, tensors: Sequence[Frame] = ()) -> None:
         """A session whose broker takes no more is over: what it misses cannot be made up for."""

@@ -14,7 +14,8 @@ class Ticket:
 
     `weight` is the number of target tokens (Forward) or what the average is weighted by (Update); for Backward,
     `forward` is the request whose gradient this is; for Generate, `stream` is what its rows continue. `refused`: why an
-    Update does not count; its sender is as much a member as before. `public`: the client's public key, 32 bytes.
+    Update does not count; its sender is as much a member as before. `held`: the round whose start an Update's (or a
+    Mask's) sender still has. `public`: the client's public key, 32 bytes.
     """
 
     session: bytes
@@ -26,6 +27,7 @@ class Ticket:
     forward: int = 0
     stream: int = 0
     refused: str | None = None
+    held: int | None = None
     public: bytes = field(default=b"", repr=False)
 
 

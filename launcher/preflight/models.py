@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from launcher.preflight.checks import Check, Checklist, fail, ok, warn
 from launcher.preflight.files import short
 from launcher.preflight.resources import Need
+from shared.error_feedback import most_bytes
 from shared.errors import FlglmError
 from shared.job import Job
 from shared.model.carve import Part, empty_part, tie
@@ -110,16 +111,19 @@ def client_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: 
 
     SCAFFOLD's control variates, its own before and after a round and the server's, are as large as what is trained, and
     so is a private update, beside its start and, for a moment, difference and noise in float64. FedEx-LoRA's residuals
-    are as large as the weights under the adapters, which are kept as they were, too. Raises JobError.
+    are as large as the weights under the adapters, which are kept as they were, too. Differences that travel in part
+    are to the round's start, and what is left of them is kept. Raises JobError.
     """
     frozen, train = count(checkpoint, job, plan, job.client_parts)
     control = train * FLOAT32 if job.aggregation.type == "scaffold" else 0
     private = train * FLOAT32 if job.privacy.type != "none" else 0
     masked = 0 if job.secure == "off" else train * MASKED_AT_CLIENT
     residual = residual_values(checkpoint, job, plan, job.handed_in) * FLOAT32
-    saved = checkpoints * (train * BYTES_SAVED + 2 * control + private) + train * FLOAT32 + residual
+    start = train * FLOAT32 if job.wire.compresses_updates or job.wire.compresses_averages else 0
+    unsent = 2 * train * FLOAT32 if job.wire.compresses_updates else 0
+    saved = checkpoints * (train * BYTES_SAVED + 2 * control + private + unsent) + train * FLOAT32 + residual
     memory = frozen * FLOAT32 + train * BYTES_TRAINED + 3 * control + 2 * residual + 6 * private + masked
-    return Need(memory, saved)
+    return Need(memory + start + unsent, saved)
 
 
 def round_traffic(checkpoint: Checkpoint, job: Job, plan: SplitPlan) -> tuple[int, int]:
@@ -129,8 +133,10 @@ def round_traffic(checkpoint: Checkpoint, job: Job, plan: SplitPlan) -> tuple[in
     aggregation adds to them, hidden states, and gradients where the head is trained. Raises JobError.
     """
     handed_in = count(checkpoint, job, plan, job.handed_in)[1]
-    update = handed_in * (FLOAT32 if job.secure == "off" else MASKED_WORD)
-    told = handed_in * FLOAT32 * (2 if job.aggregation.type == "scaffold" else 1)
+    wire = job.wire
+    update = most_bytes(handed_in, wire.update_density, wire.update) if job.secure == "off" else handed_in * MASKED_WORD
+    told = most_bytes(handed_in, wire.average_density, wire.average)
+    told += handed_in * FLOAT32 if job.aggregation.type == "scaffold" else 0
     told += residual_values(checkpoint, job, plan, job.handed_in) * FLOAT32
     if "trunk" in job.client_parts:
         return update, told
@@ -156,6 +162,7 @@ def server_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: 
         train *= job.cohort.clients
         in_trunk = residual_values(checkpoint, job, plan, ("trunk",)) * FLOAT32
     kept = averages + AGGREGATOR_COPIES.get(job.aggregation.type, 0) * aggregated + residual + in_trunk
+    kept += averages if job.wire.compresses_averages else 0
     width = FLOAT32 if job.training.trunk_dtype == "float32" else 2
     memory = frozen * width + train * BYTES_TRAINED + kept + 2 * in_trunk
     memory += 0 if job.secure == "off" else handed_in * MASKED_AT_SERVER

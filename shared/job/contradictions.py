@@ -147,6 +147,27 @@ def _aggregation(job: "Job") -> Iterator[str]:
         yield from _scaffold(job)
 
 
+def _compression(job: "Job") -> Iterator[str]:
+    """Of what clients hand in, and of what they are told."""
+    wire, aggregation = job.wire, job.aggregation
+    up = f"wire.update={wire.update}, wire.update_density={wire.update_density:g}"
+    down = f"wire.average={wire.average}, wire.average_density={wire.average_density:g}"
+    for compresses, settings in ((wire.compresses_updates, up), (wire.compresses_averages, down)):
+        if not compresses:
+            continue
+        if not job.handed_in:
+            yield f"{settings} have nothing to act on: add head or tail to training.parts"
+        if isinstance(aggregation, Scaffold):
+            yield f"{settings} contradict aggregation.type=scaffold, whose control variates are read off whole updates"
+        if aggregation.lora == "exact":
+            yield f"{settings} contradict aggregation.lora=exact: what is left out would not be in its residual"
+    if aggregation.robust and wire.update_density < 1.0:
+        yield (
+            f"wire.update_density={wire.update_density:g} contradicts aggregation.type={aggregation.type}: each client "
+            "sends other values, and most of what would be compared is 0; wire.update alone goes with it"
+        )
+
+
 def _lora(job: "Job") -> Iterator[str]:
     aggregation = job.aggregation
     name = f"aggregation.lora={aggregation.lora}"
@@ -198,6 +219,11 @@ def _secure(job: "Job") -> Iterator[str]:
             f"one {share} of cohort.clients={clients}, and {MIN_CLIENTS} are due: run fewer, or {see_all}"
         )
         return
+    if job.wire.compresses_updates:
+        yield (
+            f"wire.update={job.wire.update}, wire.update_density={job.wire.update_density:g} send part of an update, "
+            f"which {name} cannot mask: {see_all}"
+        )
     neighbours, threshold = neighbourhood(job, members)
     if job.cohort.replicas == 1 and neighbours == members - 1 and needed <= threshold:
         yield (
@@ -224,4 +250,5 @@ CHECKS: tuple[Callable[["Job"], Iterator[str]], ...] = (
     _aggregation,
     _secure,
     privacy,
+    _compression,
 )

@@ -4,9 +4,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from shared.job.privacy import CentralPrivacy, GaussianPrivacy, LocalPrivacy
+from shared.job.secure import CLIP
 
 if TYPE_CHECKING:
     from shared.job.job import Job
+
+# No noise goes farther (shared/model/gaussian.py).
+STANDARD_DEVIATIONS = 9
 
 
 def privacy(job: "Job") -> Iterator[str]:
@@ -24,10 +28,21 @@ def privacy(job: "Job") -> Iterator[str]:
         yield f"{name} clips updates, and aggregation.type=scaffold reads mean gradients off updates that are whole"
     if aggregation.lora == "exact":
         yield f"aggregation.lora=exact adds products of the clients' factors, which the noise of {name} does not cover"
+    if job.wire.compresses_updates:
+        yield (
+            f"{name} clips a round's update, and wire.update={job.wire.update}, wire.update_density="
+            f"{job.wire.update_density:g} add what was left of others to it: set float32 and 1.0"
+        )
     if isinstance(job.privacy, CentralPrivacy) and aggregation.robust:
         yield (
             f"{name} adds noise for what one client changes in a mean; in aggregation.type={aggregation.type} it may "
             "change more: set another one, or privacy.type=local"
+        )
+    std = job.privacy.noise_multiplier * job.privacy.clip_norm
+    if isinstance(job.privacy, LocalPrivacy) and job.secure != "off" and STANDARD_DEVIATIONS * std > CLIP:
+        yield (
+            f"{name} adds noise of standard deviation {std:g}, and aggregation.secure={job.secure} clips values to "
+            f"{CLIP:g}: lower privacy.clip_norm, so that the mean is not shifted"
         )
     yield from _trunk(job, name)
 

@@ -7,6 +7,7 @@ from pydantic import Field
 from shared.job.settings import Positive, Seconds, Settings
 
 WireFormat = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+Density = Annotated[float, Field(gt=0, le=1)]
 
 
 class Split(Settings):
@@ -81,7 +82,26 @@ class Cohort(Settings):
 
 
 class Wire(Settings):
-    """The number format of hidden states and of gradients on the wire; layouts in docs/protocol.md."""
+    """The number format of hidden states and of gradients on the wire; layouts in docs/protocol.md.
+
+    `update`: that of what clients hand in after a round; `update_density`: the share of the values that goes up, those
+    that changed most. `average`, `average_density`: the same for what goes down. What is left out or rounded off is
+    added to what goes the next time (shared/error_feedback.py).
+    """
 
     hidden: WireFormat = "float32"
     gradient: WireFormat = "float32"
+    update: WireFormat = "float32"
+    update_density: Density = 1.0
+    average: WireFormat = "float32"
+    average_density: Density = 1.0
+
+    @property
+    def compresses_updates(self) -> bool:
+        """Whether part of a difference goes up, in place of values."""
+        return self.update != "float32" or self.update_density < 1.0
+
+    @property
+    def compresses_averages(self) -> bool:
+        """Whether part of a difference goes down, to clients that hold what it differs from."""
+        return self.average != "float32" or self.average_density < 1.0

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 Secure = Literal["secagg", "secagg+", "off"]
 
+CLIP = 1024.0
+"""What a masked update's values are clipped to, and that is counted. None goes so far in a round that is of any use."""
+
 # SecAgg+ is laid out for so many clients that help the server.
 CORRUPT_SHARE = 0.1
 

@@ -30,6 +30,7 @@ import msgpack
 from pydantic import Field, TypeAdapter, ValidationError
 
 from shared.errors import SchemaError
+from shared.payload.pieces import Piece
 from shared.payload.schema import Count, Hex
 from shared.payload.schema import Message as Message
 from shared.payload.tensors import TensorInfo
@@ -63,6 +64,12 @@ class WithTensors(Message):
     tensors: Annotated[tuple[TensorInfo, ...], Field(max_length=MAX_BODY_FRAMES - 1)] = ()
 
 
+class WithPieces(WithTensors):
+    """`pieces`: part of a difference in place of values, a frame each, after those of the tensors."""
+
+    pieces: Annotated[tuple[Piece, ...], Field(max_length=MAX_BODY_FRAMES - 1)] = ()
+
+
 class Welcome(Message):
     """Server's first record: the job as canonical JSON and the fingerprint of the checkpoint it cut its trunk from."""
 
@@ -94,9 +101,10 @@ class SumOf(Message):
     nonce: Hex
 
 
-class RoundStart(WithTensors):
+class RoundStart(WithPieces):
     """Answers Join, Update or the last Mask: round `round` (from 0) begins. Tensors: head and tail averages, if any;
-    control variates; residuals.
+    control variates; residuals. Pieces, not in answer to a Join: the averages' difference to what the round before
+    began with.
 
     `sum`: where updates are masked. `refused`: why the update that this answers did not count, if so. `counted`: how
     many rounds were complete when one of this client last did, 0 if none has; None where the server cannot say (a
@@ -173,8 +181,10 @@ class Release(Message):
     stream: RequestId
 
 
-class Update(WithTensors):
-    """What the client trains in head and tail after the local steps of `round`, weighted `weight` in the average."""
+class Update(WithPieces):
+    """What the client trains in head and tail after the local steps of `round`, weighted `weight` in the average; or in
+    pieces its difference to what the round began with.
+    """
 
     type: Literal["update"] = "update"
     request: RequestId
@@ -211,7 +221,7 @@ class Masking(Message):
     body: Annotated[KeyList | RelayedShares | UnmaskRequest, Field(discriminator="type")]
 
 
-class Finished(WithTensors):
+class Finished(WithPieces):
     """Answers Join, Update or the last Mask: the job is done. Tensors: the last averages. The rest as in RoundStart."""
 
     type: Literal["finished"] = "finished"
@@ -244,7 +254,7 @@ SERVER_MESSAGES: TypeAdapter[FromServer] = TypeAdapter(Annotated[FromServer, Fie
 def frames_of(message: Message) -> int:
     """How many frames follow the message."""
     if isinstance(message, WithTensors):
-        return len(message.tensors)
+        return len(message.tensors) + len(message.pieces if isinstance(message, WithPieces) else ())
     return int(isinstance(message, Mask) and isinstance(message.body, MaskedInput))
 
 

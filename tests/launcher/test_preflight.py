@@ -611,3 +611,19 @@ def test_a_rounds_traffic_is_that_of_full_batches(head: bool, tmp_path: Path) ->
     update = sum(4 * p.numel() for p in load_client_parts(checkpoint, job).parameters.values())
     up, down = round_traffic(checkpoint, job, SplitPlan(1, 1, 4))
     assert (up, down) == (update + hidden + gradient, update + hidden + gradient * head)
+
+
+def test_what_is_kept_of_differences_is_counted(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(str(save_tiny_model("llama", tmp_path)))
+    plan = SplitPlan(1, 1, 4)
+
+    def needs(**wire: float) -> tuple[Need, Need]:
+        job = parse_job({"model_name_or_path": "m", "wire": wire}, "job")
+        return client_need(checkpoint, job, plan, 3), server_need(checkpoint, job, plan, 2)
+
+    (client, server), (up, _), (down, told) = needs(), needs(update_density=0.1), needs(average_density=0.1)
+    trained = 4 * count(checkpoint, parse_job({"model_name_or_path": "m"}, "job"), plan, ("head", "tail"))[1]
+    assert up.memory - client.memory == 2 * trained > 0  # what the round began with, and what is unsent
+    assert up.disk - client.disk == 3 * trained
+    assert (down.memory - client.memory, down.disk) == (trained, client.disk)
+    assert (told.memory - server.memory, told.disk - server.disk) == (trained, 2 * trained)

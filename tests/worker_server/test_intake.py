@@ -20,7 +20,7 @@ WIDTH = 4
 SESSION = Session(b"s" * 16, "anna", b"p" * 32, Channel(b"s" * 16, send_key=bytes(32), receive_key=bytes(32)), 0.0)
 
 
-def intake(**wire: WireFormat) -> Intake:
+def intake(**wire: Any) -> Intake:
     job = Job(
         model_name_or_path="m",
         data=Data(max_length=10),

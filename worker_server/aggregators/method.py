@@ -5,7 +5,7 @@ round began with, in float64. n updates; a tensor's differences are stacked to (
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,12 +17,16 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Update:
-    """One client's values by name. `scale`: what its difference counts times, where its norm is bounded."""
+    """One client's values by name; of some, in `changes`, the difference to the round's start itself.
+
+    `scale`: what its difference counts times, where its norm is bounded.
+    """
 
     client: str
     weight: int
     values: Tensors
     scale: float = 1.0
+    changes: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Method:
 
 def difference(start: Tensors, update: Update, name: str) -> Tensor:
     """What the client changed in one tensor, float64."""
+    if name in update.changes:
+        return update.changes[name].to(start[name].device).double() * update.scale
     return (update.values[name].double() - start[name].double()) * update.scale
 
 
