@@ -34,14 +34,14 @@ class MethodRow:
 
 
 LORA_RATES = {"medquad": 1e-2, "tasks": 3e-3}
-FULL_RATES = {"medquad": 1e-3, "tasks": 1e-3}
+FULL_RATES = {"medquad": 1e-3, "tasks": 3e-4}
 
 METHODS: dict[str, MethodRow] = {
     "lora": MethodRow(Lora(r=8), LORA_RATES),
     "lora+rslora": MethodRow(Lora(r=8, use_rslora=True), LORA_RATES),
     "lora+dora": MethodRow(Lora(r=8, use_dora=True), LORA_RATES),
     "full": MethodRow(Full(), FULL_RATES),
-    "prefix": MethodRow(Prefix(num_virtual_tokens=VIRTUAL_TOKENS), {"medquad": 1e-1, "tasks": 3e-2}),
+    "prefix": MethodRow(Prefix(num_virtual_tokens=VIRTUAL_TOKENS), {"medquad": 3e-1, "tasks": 3e-2}),
     "prompt": MethodRow(Prompt(num_virtual_tokens=VIRTUAL_TOKENS), {"medquad": 1e-1, "tasks": 3e-2}),
     "plain_fedavg lora": MethodRow(Lora(r=8), LORA_RATES, "client"),
     "plain_fedavg full": MethodRow(Full(), FULL_RATES, "client"),

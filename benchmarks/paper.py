@@ -12,8 +12,9 @@ seconds of training, and bytes; at the end whether "split equals centralised" is
 Data: `--data DIR` with a folder a task, `DIR/BoolQ/train.jsonl` and `val.jsonl`, as SuperGLUE is handed round, in the
 formats of docs/evaluation.md. Without it shared/data beside the checkout, where there is one. All roles are threads of
 this process; `--device` is where the server's trunk lies, where one process trains, and where questions are answered;
-clients' parts are computed on the CPU. Each figure goes to a file under --out at once; with the same --out a run that
-was stopped goes on. With a GPU, for example
+clients' parts are computed on the CPU, so that plain FedAvg needs memory for as many whole models as clients there (or
+leave it out with --ways). Each figure goes to a file under --out at once; with the same --out a run that was stopped
+goes on. With a GPU, for example
 
     python -m benchmarks.paper --model zai-org/glm-4-9b-hf --data SuperGLUE --tasks rte cb copa boolq wic \\
         --device cuda --method prefix --virtual-tokens 128 --learning-rate 5e-3 --max-length 512 --steps 300 --out paper

@@ -10,9 +10,9 @@ from benchmarks import methods
 from benchmarks.cells import Cells
 from benchmarks.client_flops import step_flops
 from benchmarks.corpora import rows_of, shortened
-from benchmarks.method_report import BY_SOURCE, CENTRALISED, IID, cost_of_sources, gap, given_back, iid_gaps
+from benchmarks.method_report import CENTRALISED, cost_of_sources, gap, given_back, iid_gaps
 from benchmarks.method_runs import GRID, Bench, deal, descend, joint, make_job, whole
-from benchmarks.method_table import METHODS, SETTINGS
+from benchmarks.method_table import BY_SOURCE, FEDAVG, IID, METHODS, SETTINGS, WITH_SGD
 from benchmarks.tiny_corpora import CORPORA, MAX_LENGTH, save_model
 from benchmarks.tiny_models import VOCABULARY
 from shared.errors import DataError, UsageError
@@ -186,7 +186,7 @@ def test_a_quick_run_measures_everything_and_resumes(tmp_path: Path, capsys: pyt
 
 
 def test_aggregations_are_compared_where_clients_drift(bench: Bench, tmp_path: Path) -> None:
-    aggregations = {"fedavg": methods.FEDAVG, "scaffold": methods.WITH_SGD["scaffold"]}
+    aggregations = {"fedavg": FEDAVG, "scaffold": WITH_SGD["scaffold"]}
     found = methods.measure_drift(bench, ["lora"], Cells(tmp_path, {}), {}, aggregations)["lora"]
     assert set(found) == {"fedavg, IID, SGD", "fedavg, SGD", "scaffold, SGD"}
     iid, fedavg, scaffold = (found[f"{label}, SGD"] for label in ("fedavg, IID", "fedavg", "scaffold"))
