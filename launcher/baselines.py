@@ -40,10 +40,24 @@ def train_whole(
     report: Callable[[int], None] | None = None,
 ) -> Baseline:
     """Train the whole model on all rows of `train` together; score it on each set of `validation`."""
+    model, losses = fit_whole(job, train, threads=threads, report=report)
+    size = job.training.per_device_train_batch_size
+    return Baseline(losses, {name: score_whole(model, rows, size) for name, rows in validation.items()})
+
+
+def fit_whole(
+    job: Job,
+    train: Mapping[str, Sequence[Row]],
+    *,
+    threads: int,
+    device: str = "cpu",
+    report: Callable[[int], None] | None = None,
+) -> tuple[nn.Module, list[float]]:
+    """The whole model after training on all rows of `train` together, in evaluation mode; and the loss of each step."""
     torch.set_num_threads(threads)
     disable_progress_bar()
     torch.manual_seed(job.training.seed)
-    model = load_whole(job)
+    model: nn.Module = load_whole(job).to(device)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = PartOptimizer(trainable, job.training, job.total_steps)
     size, seed = job.training.per_device_train_batch_size, job.training.seed
@@ -52,14 +66,13 @@ def train_whole(
     for step in range(job.total_steps):
         rows = [r[i] for _, r in sorted(train.items()) for i in batch_indices(len(r), size, step, seed)]
         batch = pack_rows(rows)
-        loss = F.cross_entropy(padded_logits(model, rows, batch).float(), batch.targets)
+        loss = F.cross_entropy(padded_logits(model, batch).float(), batch.targets.to(device))
         torch.autograd.backward(loss)
         optimizer.step()
         losses.append(float(loss.detach()))
         if report is not None:
             report(step + 1)
-    model.eval()
-    return Baseline(losses, {name: score_whole(model, rows, size) for name, rows in validation.items()})
+    return model.eval(), losses
 
 
 def load_whole(job: Job) -> Any:
@@ -71,16 +84,17 @@ def load_whole(job: Job) -> Any:
     return with_method(model, job, family_of(model.config))[0]
 
 
-def padded_logits(model: nn.Module, rows: Sequence[Row], batch: Batch) -> Tensor:
-    """Logits (P, vocabulary) at the batch's target positions, the rows right-padded and masked."""
+def padded_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits (P, vocabulary) at the batch's target positions, the rows right-padded and masked; where the model is."""
     lengths = torch.tensor(batch.lengths)
     longest = int(lengths.max())
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    ids = torch.zeros(len(lengths), longest, dtype=torch.int64)
     mask = torch.arange(longest) < lengths[:, None]
     ids[mask] = batch.input_ids
-    hidden_at = torch.nonzero(mask.flatten()).flatten()[batch.at]
+    device = next(model.parameters()).device
+    hidden_at = torch.nonzero(mask.flatten()).flatten()[batch.at].to(device)
     # Before them come those of virtual tokens, where there are any.
-    logits: Tensor = model(input_ids=ids, attention_mask=mask.long()).logits[:, -longest:]
+    logits: Tensor = model(input_ids=ids.to(device), attention_mask=mask.long().to(device)).logits[:, -longest:]
     return logits.flatten(0, 1)[hidden_at]
 
 
@@ -90,5 +104,5 @@ def score_whole(model: nn.Module, rows: Sequence[Row], size: int) -> Score:
     for start in range(0, len(rows), size):
         chosen = rows[start : start + size]
         batch = pack_rows(chosen)
-        score += score_logits(padded_logits(model, chosen, batch).float(), batch)
+        score += score_logits(padded_logits(model, batch).float().cpu(), batch)
     return score

@@ -1,0 +1,85 @@
+"""What benchmarks.methods compares: a row a method, a setting, an aggregation.
+
+Learning rates were chosen on the centralised run alone, by the loss on rows that are neither trained on nor measured on
+(Corpus.tune), among 1, 3, 10, ... times 1e-4: `python -m benchmarks.methods --tune` measures the best and its
+neighbours again. Joint runs, plain FedAvg's too, take the same rate. What aggregation methods add was not tuned.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from shared.job import Full, Lora, Method, Prefix, Prompt, TrainedPart
+
+VIRTUAL_TOKENS = 16
+WARMUP_RATIO = 0.1
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """`rates`: the learning rate by corpus. `trunk` is at the server, or with plain FedAvg at every client."""
+
+    method: Method
+    rates: Mapping[str, float]
+    trunk: Literal["server", "client"] = "server"
+
+    @property
+    def parts(self) -> tuple[TrainedPart, ...]:
+        return ("head",) if self.method.type == "prompt" else ("head", "trunk", "tail")
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many of a row's `data.max_length` tokens are prompts."""
+        return self.method.num_virtual_tokens if self.method.type == "prompt" else 0
+
+
+LORA_RATES = {"medquad": 1e-2, "tasks": 3e-3}
+FULL_RATES = {"medquad": 1e-3, "tasks": 3e-4}
+
+METHODS: dict[str, MethodRow] = {
+    "lora": MethodRow(Lora(r=8), LORA_RATES),
+    "lora+rslora": MethodRow(Lora(r=8, use_rslora=True), LORA_RATES),
+    "lora+dora": MethodRow(Lora(r=8, use_dora=True), LORA_RATES),
+    "full": MethodRow(Full(), FULL_RATES),
+    "prefix": MethodRow(Prefix(num_virtual_tokens=VIRTUAL_TOKENS), {"medquad": 3e-1, "tasks": 3e-2}),
+    "prompt": MethodRow(Prompt(num_virtual_tokens=VIRTUAL_TOKENS), {"medquad": 1e-1, "tasks": 3e-2}),
+    "plain_fedavg lora": MethodRow(Lora(r=8), LORA_RATES, "client"),
+    "plain_fedavg full": MethodRow(Full(), FULL_RATES, "client"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`clients` of them; rows dealt by their source, or at random."""
+
+    clients: int
+    by_source: bool
+
+
+SETTINGS: dict[str, Setting] = {
+    "1 client": Setting(1, False),
+    "3 clients IID": Setting(3, False),
+    "3 clients by source": Setting(3, True),
+}
+IID, BY_SOURCE = "3 clients IID", "3 clients by source"
+
+# Where several local steps let clients drift apart, by source. SCAFFOLD needs plain SGD, and is compared with that.
+DRIFT_METHODS = ("lora", "plain_fedavg full")
+SERVER_RATE = 1e-3
+SGD_RATES = {"lora": {"medquad": 1.0, "tasks": 1.0}, "plain_fedavg full": {"medquad": 0.1, "tasks": 0.1}}
+FEDAVG: Mapping[str, Any] = {"type": "fedavg"}
+WITH_ADAMW: dict[str, Mapping[str, Any]] = {
+    "fedavg": FEDAVG,
+    "fedprox": {"type": "fedavg", "proximal_mu": 0.1},
+    "fedavgm": {"type": "fedavgm", "momentum": 0.5},
+    "fedadam": {"type": "fedadam", "server_learning_rate": SERVER_RATE},
+    "fedyogi": {"type": "fedyogi", "server_learning_rate": SERVER_RATE},
+}
+# Of the SGD that SCAFFOLD takes.
+SGD: Mapping[str, Any] = {
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "warmup_ratio": 0.0,
+    "max_grad_norm": None,
+}
+WITH_SGD: dict[str, Mapping[str, Any]] = {"fedavg": FEDAVG, "scaffold": {"type": "scaffold"}}
