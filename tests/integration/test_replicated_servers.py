@@ -13,7 +13,7 @@ from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from launcher import local_run
 from launcher.cluster import Cluster
 from shared import state_files
-from shared.job import Job, Rounds
+from shared.job import Job, Lora, Rounds, parse_job
 
 NAMES = ["a", "b"]
 WAIT_S = 120.0
@@ -89,3 +89,29 @@ def test_a_replica_whose_clients_are_gone_holds_nobody_up(model: Path, tmp_path:
             assert role.process.wait(WAIT_S) == 0, role.last_words()
     for replica in range(2):
         assert state_files.numbers(out / "server-state" / f"replica-{replica}")[-1] == 4
+
+
+def averages_of(folder: Path, number: int) -> dict[str, Tensor]:
+    tensors, _ = state_files.load(folder, number)
+    return {name: value for name, value in tensors.items() if name.startswith("average/")}
+
+
+@pytest.mark.slow
+def test_replicas_mask_each_among_its_own_clients(model: Path, tmp_path: Path) -> None:
+    """LoRA in head and tail, which who shares a trunk with whom does not change: averages are those without masks."""
+    values = make_job(model, Case(("head", "tail"), 6, method=Lora(r=2))).model_dump(mode="json")
+    values["rounds"] |= {"count": 2, "local_steps": 2}
+    values["cohort"]["replicas"] = 2
+    sites = [site(tmp_path, name, 8, seed) for seed, name in enumerate("abcdef")]
+    found = {}
+    for secure in ("secagg", "off"):
+        job = parse_job(values | {"aggregation": {"type": "fedavg", "secure": secure}}, "job")
+        local_run.train_together(job, sites, tmp_path / secure, replicas=2)
+        state = tmp_path / secure / "server-state"
+        first, second = (averages_of(state / f"replica-{replica}", 1) for replica in range(2))
+        assert first
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
+        found[secure] = first
+    assert found["secagg"].keys() == found["off"].keys()
+    for name, value in found["off"].items():
+        torch.testing.assert_close(found["secagg"][name], value, rtol=1e-4, atol=1e-7)

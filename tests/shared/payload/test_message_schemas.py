@@ -17,17 +17,25 @@ from shared.payload.messages import (
     Hidden,
     Join,
     Leave,
+    Mask,
+    Masking,
     Message,
+    Objection,
     Refusal,
     RoundStart,
+    SumOf,
     Update,
     Welcome,
     pack,
     unpack_from_client,
     unpack_from_server,
 )
+from shared.payload.messages import frames_of as frames_due
 from shared.payload.tensors import TensorInfo
+from shared.secure_aggregation.messages import AdvertiseKeys, MaskedInput, UnmaskRequest
+from shared.secure_aggregation.terms import Member
 
+MEMBERS = tuple(Member(name=name, public_key=name * 64) for name in "abc")
 INFO = TensorInfo(name="hidden", dtype="float32", shape=(3, 2))
 FROM_CLIENT: list[Message] = [
     Confirm(),
@@ -35,11 +43,16 @@ FROM_CLIENT: list[Message] = [
     Forward(request=2, purpose="train", round=1, step=2, lengths=(2, 1), target_tokens=2, tensors=(INFO,)),
     Backward(request=3, forward=2, tensors=(INFO,)),
     Update(request=4, round=1, weight=9, tensors=(INFO, INFO)),
+    Mask(request=5, round=1, weight=9, body=AdvertiseKeys(sealing=bytes(32), masking=bytes(32))),
+    Mask(request=6, round=1, body=MaskedInput(words=3)),
+    Mask(request=7, round=1, body=Objection(client=2)),
     Leave(),
 ]
 FROM_SERVER: list[Message] = [
     Welcome(job="{}", config="a" * 64, tensor_table="b" * 64, weights="c" * 64),
     RoundStart(request=1, round=0, members=2, tensors=(INFO,)),
+    RoundStart(request=1, round=0, members=3, sum=SumOf(members=MEMBERS, nonce="e" * 64)),
+    Masking(request=2, body=UnmaskRequest(summed=(0, 2), dropped=(1,))),
     Hidden(request=2, tensors=(INFO,)),
     Gradient(request=3),
     Finished(request=4, rounds=3),
@@ -48,7 +61,7 @@ FROM_SERVER: list[Message] = [
 
 
 def frames_of(message: Message) -> list[Any]:
-    return pack(message, [b""] * len(getattr(message, "tensors", ())))
+    return pack(message, [b""] * frames_due(message))
 
 
 @pytest.mark.parametrize("message", FROM_CLIENT, ids=lambda m: type(m).__name__)
