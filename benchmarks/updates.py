@@ -30,7 +30,7 @@ from benchmarks.shared_data import shared_file
 from benchmarks.wire import BATCH, LONGEST, TIMEOUT_S, load_sites
 from launcher.in_process import Background, Serving, Site, serving
 from shared.error_feedback import Compressed
-from shared.job import Cohort, Data, Full, Job, Lora, Method, Rounds, Split, Training, Wire, WireFormat
+from shared.job import Cohort, Data, FedAvg, Full, Job, Lora, Method, Rounds, Split, Training, Wire, WireFormat
 from shared.model.checkpoint import checkpoint_of
 from worker_client.head_tail import load_client_parts
 from worker_client.local_trunk import LocalTrunk
@@ -159,6 +159,7 @@ def make_job(model: Path, method: str, case: Case, *, clients: int, rounds: int,
         data=Data(max_length=LONGEST),
         rounds=Rounds(count=rounds, local_steps=LOCAL_STEPS, evaluate_every=rounds),
         cohort=Cohort(clients=clients, deadline_s=TIMEOUT_S),
+        aggregation=FedAvg(secure="off"),
         wire=Wire(
             update=case.wire_format,
             update_density=case.density,

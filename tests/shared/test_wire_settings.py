@@ -48,13 +48,27 @@ ROBUST = {"cohort": {"clients": 7}, "training": {"parts": ["head", "tail"]}}
         ),
         (
             {"update_density": 0.25},
-            ROBUST | {"aggregation": {"type": "median"}},
+            ROBUST | {"aggregation": {"type": "median", "secure": "off"}},
             "wire.update_density=0.25 contradicts aggregation.type=median",
         ),
         (
             {"update_density": 0.25},
-            ROBUST | {"aggregation": {"type": "multi_krum"}},
+            ROBUST | {"aggregation": {"type": "multi_krum", "secure": "off"}},
             "wire.update_density=0.25 contradicts aggregation.type=multi_krum",
+        ),
+        (
+            {"update_density": 0.25},
+            {"cohort": {"clients": 3}},
+            "wire.update_density=0.25 send part of an update, which aggregation.secure=secagg cannot mask",
+        ),
+        (
+            {"update": "int8"},
+            {
+                "privacy": {"type": "central", "clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-5},
+                "rounds": {"weighting": "clients"},
+                "training": {"parts": ["head", "tail"]},
+            },
+            "privacy.type=central clips a round's update, and wire.update=int8",
         ),
     ],
 )
@@ -67,9 +81,10 @@ def test_a_contradiction_is_refused_by_name(wire: dict[str, Any], change: dict[s
 @pytest.mark.parametrize(
     ("wire", "change"),
     [
-        ({"update": "int8", "average_density": 0.1}, ROBUST | {"aggregation": {"type": "median"}}),
+        ({"update": "int8", "average_density": 0.1}, ROBUST | {"aggregation": {"type": "median", "secure": "off"}}),
         ({"update_density": 0.01, "update": "int4"}, {"aggregation": {"type": "fedadam", "max_update_norm": 1}}),
         ({"average_density": 0.25}, {"split": {"trunk": "client"}}),
+        ({"average_density": 0.25}, {"cohort": {"clients": 3}}),
         ({"update_density": 0.5}, {"aggregation": {"type": "fedavg", "lora": "freeze_a"}}),
     ],
 )
