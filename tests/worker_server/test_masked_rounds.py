@@ -282,6 +282,30 @@ def test_a_server_that_was_killed_while_it_unmasked_waits_for_the_same_members()
     assert [member.name for member in start.sum.members] == list(NAMES[:3])
 
 
+@pytest.mark.parametrize("phase", PHASES[:3])
+def test_it_goes_on_with_nobody_less_though_fewer_would_suffice(phase: str) -> None:
+    play = Play(job_of(quorum=3))
+    play.rounds.bound = frozenset(NAMES)
+    play.join(*NAMES)
+    advance(play, phase)
+    play.leave("berta")
+    assert len(play.of(Dismiss)) == 1
+    assert play.of(Bind) == []
+
+
+def test_nor_with_somebody_left_out() -> None:
+    play = Play(job_of(quorum=3))
+    play.rounds.bound = frozenset(NAMES)
+    play.join(*NAMES)
+    play.advertise(*NAMES)
+    garble(play, "berta", ["dora"])
+    play.share("anna", "clara", "dora")
+    play.input(*NAMES)
+    assert play.of(Bind) == []
+    assert [failed.barred for failed in play.of(SumFailed)] == [()]
+    assert len(play.of(Dismiss)) == 1
+
+
 def test_too_few_left_to_unmask_ends_a_round_that_does_not_need_all_without_its_sum() -> None:
     """It is not done again: a sum among fewer would differ from this one by an update."""
     play = started(quorum=3)
