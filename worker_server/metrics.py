@@ -42,6 +42,11 @@ class ServerMetrics(Collector):
             "Updates scaled down to aggregation.max_update_norm.",
             value=self.service.counters["updates_bounded"],
         )
+        yield CounterMetricFamily(
+            "flglm_server_sums_failed",
+            "Masked sums of updates that came to nothing.",
+            value=self.service.counters["sums_failed"],
+        )
         yield refusals("flglm_server_refusals", "Messages and sessions refused.", self.service.counters.copy())
 
     def _checkpoint_age(self) -> Iterable[Metric]:

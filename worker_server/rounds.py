@@ -347,6 +347,11 @@ class Rounds(ABC):
             bodies = sum.close()
         except AggregationError as error:
             return [SumFailed(self.round, error.message, self._bar(error)), *self._undo()]
+        if self.bound and sum.unmasking and self.bound != set(sum.summed):
+            return [
+                SumFailed(self.round, "not everybody is in it who was when it was asked for before", ()),
+                *self._undo(),
+            ]
         tickets = in_order(t for s, t in self.updates.items() if s in self.active)
         answers = tuple((t, bodies[t.client]) for t in tickets if t.client in bodies and t.refused is None)
         answered = {ticket.session for ticket, _ in answers}
@@ -374,6 +379,8 @@ class Rounds(ABC):
         """How many members the round goes on with."""
         if self.sum is None:
             return self.plan.needed
+        if self.bound and not self.sum.unmasking:
+            return len(self.bound)  # the sum was asked for before: again among the same, or not at all
         if self.sum.unmasking and self.plan.needed < len(self.sum.summed):
             return 0  # it ends in any case: with the sum, or without
         return max(self.plan.needed, self.sum.needed)

@@ -116,7 +116,7 @@ class Server:
         )
         progress.begin()
         shapes = update_shapes(checkpoint.config, plan, self.job)
-        sums = self._sums(shapes)
+        sums = self._sums(shapes, place)
         name = key_digest(self.identity.public)
         greeting = hello("server", name) if place is None else hello("server", name, place.replica, place.replicas)
         with (
@@ -162,12 +162,22 @@ class Server:
             if not self._stop.is_set():
                 self.service.run()
 
-    def _sums(self, shapes: Shapes) -> Sums | None:
-        """Says how updates are masked, or why they are not. Raises JobError if there are too many values for it."""
+    def _sums(self, shapes: Shapes, place: Place | None) -> Sums | None:
+        """Says how updates are masked, or why they are not. Raises JobError if there are too many values for it, or
+        other replicas than the job says.
+        """
         if self.job.secure == "off":
             if self.job.handed_in:
                 event(logger, "updates_not_masked", level=logging.WARNING, reason=why_off(self.job))
             return None
+        running = 1 if place is None else place.replicas
+        if running != self.job.cohort.replicas:
+            raise JobError(
+                f"{running} replicas, and the job says cohort.replicas={self.job.cohort.replicas}: with "
+                f"aggregation.secure={self.job.secure} clients must know among how few of them each sum may be",
+                hint=f"set cohort.replicas={running} (every replica needs {MIN_CLIENTS} clients), or "
+                "aggregation.secure=off: the servers then see every client's update",
+            )
         check_length(shapes)
         event(logger, "updates_masked", secure=self.job.secure)
         return Sums(self.job, shapes)
@@ -209,13 +219,6 @@ class Server:
             raise JobError(
                 "aggregation.lora=exact does not reach a shared trunk, whose factors replicas average one by one",
                 hint="run one server, or set cohort.adapters=per_client or aggregation.lora=freeze_a",
-            )
-        if self.job.secure != "off" and place.replicas != self.job.cohort.replicas:
-            raise JobError(
-                f"{place.replicas} replicas, and the job says cohort.replicas={self.job.cohort.replicas}: with "
-                f"aggregation.secure={self.job.secure} clients must know among how few of them each sum may be",
-                hint=f"set cohort.replicas={place.replicas} (every replica needs {MIN_CLIENTS} clients), or "
-                "aggregation.secure=off: the servers then see every client's update",
             )
         replicas = Replicas(place, device_of(self.settings), self.settings.replica_timeout_s)
         try:

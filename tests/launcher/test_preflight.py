@@ -150,17 +150,20 @@ def test_where_all_is_well_every_row_says_so_and_nothing_changes(serving_house: 
     assert server is not None
     before = snapshot(serving_house.folder)
     client = serving_house.check("client", "--digest", expect=0)
-    assert {row["status"] for row in client.values()} == {"ok"}
+    assert {row["status"] for name, row in client.items() if name != "updates"} == {"ok"}
     assert list(client) == [
-        "key", "invitation", "clock", f"broker {serving_house.broker.frontend[6:]}", "server", "job", "model",
-        "same model", "digest", "rows rows.jsonl", "split", "memory", "traffic", "disk",
+        "key", "invitation", "clock", f"broker {serving_house.broker.frontend[6:]}", "server", "job", "updates",
+        "model", "same model", "digest", "rows rows.jsonl", "split", "memory", "traffic", "disk",
     ]  # fmt: skip
+    assert client["updates"]["status"] == "warn"  # of one client alone there is no sum
+    assert "the server sees every client's update" in client["updates"]["found"]
     assert client["rows rows.jsonl"]["found"] == "10 usable"
     assert server.service is not None
     peer = next(iter(serving_house.broker.router.servers.values()))[0]
 
     checked = serving_house.check("server", "--invite", "a.invite", expect=0)
-    assert {row["status"] for row in checked.values()} == {"ok"}
+    assert {row["status"] for name, row in checked.items() if name != "updates"} == {"ok"}
+    assert checked["updates"] == client["updates"]
     # The running server keeps its place at the broker, and no client is there for it.
     assert next(iter(serving_house.broker.router.servers.values()))[0] == peer
     assert server.service.rounds.stage == "waiting"

@@ -1,5 +1,8 @@
 """Masked sums in the state machines of rounds, with real clients of the library, without I/O."""
 
+import contextlib
+import random
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from shared.errors import AggregationError, JobError, ShareError
+from shared.errors import AggregationError, JobError, PhaseError, ShareError
 from shared.identity import Identity, generate_identity
 from shared.job import Job, load_job, parse_job
 from shared.masked_updates import flat_difference, tensors_of, terms_of
 from shared.payload.messages import Mask, Objection, SumOf
 from shared.secure_aggregation.client import Client
-from shared.secure_aggregation.messages import AdvertiseKeys, MaskedInput, Unmask
+from shared.secure_aggregation.messages import AdvertiseKeys, KeyList, MaskedInput, RelayedShares, Unmask, UnmaskRequest
 from worker_server.masking import Sums
 from worker_server.plain_fedavg import PlainFedavg
 from worker_server.rounds import Plan
@@ -279,6 +282,30 @@ def test_a_server_that_was_killed_while_it_unmasked_waits_for_the_same_members()
     assert [member.name for member in start.sum.members] == list(NAMES[:3])
 
 
+@pytest.mark.parametrize("phase", PHASES[:3])
+def test_it_goes_on_with_nobody_less_though_fewer_would_suffice(phase: str) -> None:
+    play = Play(job_of(quorum=3))
+    play.rounds.bound = frozenset(NAMES)
+    play.join(*NAMES)
+    advance(play, phase)
+    play.leave("berta")
+    assert len(play.of(Dismiss)) == 1
+    assert play.of(Bind) == []
+
+
+def test_nor_with_somebody_left_out() -> None:
+    play = Play(job_of(quorum=3))
+    play.rounds.bound = frozenset(NAMES)
+    play.join(*NAMES)
+    play.advertise(*NAMES)
+    garble(play, "berta", ["dora"])
+    play.share("anna", "clara", "dora")
+    play.input(*NAMES)
+    assert play.of(Bind) == []
+    assert [failed.barred for failed in play.of(SumFailed)] == [()]
+    assert len(play.of(Dismiss)) == 1
+
+
 def test_too_few_left_to_unmask_ends_a_round_that_does_not_need_all_without_its_sum() -> None:
     """It is not done again: a sum among fewer would differ from this one by an update."""
     play = started(quorum=3)
@@ -357,6 +384,89 @@ def test_shares_that_were_not_dealt_are_named_and_not_used() -> None:
     play.join("dora")
     start = play.of(StartRound)[-1]
     assert (start.round, [ticket.client for ticket in start.answers]) == (1, ["anna", "clara", "dora"])
+
+
+def wander(play: Play, draw: random.Random, absent: set[str]) -> None:
+    """One event, due or not: somebody goes on, leaves, comes or says something odd; time passes; a sum is unmasked."""
+    name = draw.choice(NAMES)
+    client, inbox = play.members[name].client, play.members[name].inbox
+    match draw.randrange(50):
+        case 0:
+            play.leave(name)
+            absent.add(name)
+        case 1 | 2 | 3 | 4 | 5 | 6:
+            play.join(name)
+            absent.discard(name)
+        case 7:
+            play.now += draw.uniform(0, 8)
+            play.carry(play.rounds.tick(play.now))
+        case 8:
+            play.send(name, Objection(client=draw.randrange(5)))
+        case 9:
+            play.send(name, draw.choice([MaskedInput(words=8), Unmask(self_shares=(), key_shares=())]), [bytes(64)])
+        case 10 | 11 if play.ended:
+            finish(play)
+        case _ if client is not None and name not in absent:
+            step(play, name, inbox)
+
+
+def step(play: Play, name: str, inbox: Any) -> None:
+    """What this member's client would do next, if it can."""
+    phases = {KeyList: play.share, RelayedShares: play.input, UnmaskRequest: play.unmask, type(None): play.advertise}
+    with contextlib.suppress(PhaseError, AggregationError):
+        phases[type(inbox)](name)
+
+
+def finish(play: Play) -> None:
+    """As the compute thread does, whatever comes of it."""
+    [work] = play.ended
+    play.ended.clear()
+    failure = None
+    if work.sum is not None:
+        try:
+            summed = work.sum.finish()
+        except AggregationError as error:
+            failure = error
+        else:
+            assert summed.weight == mean_of(summed.contributors)[1]
+            assert len(summed.contributors) >= 3
+    play.carry(play.rounds.aggregation_done(failure))
+
+
+@pytest.mark.parametrize("quorum", [3, 4])
+def test_no_order_of_events_breaks_it_and_members_that_go_on_reach_the_end(quorum: int) -> None:
+    """And of a round that members were asked to unmask there is no sum of others."""
+    happened: Counter[str] = Counter()
+    for seed in range(20):
+        draw = random.Random(seed)
+        play = Play(job_of(quorum=quorum))
+        absent: set[str] = set()
+        play.join(*NAMES)
+        for _ in range(200):
+            wander(play, draw, absent)
+            play.carry(play.rounds.tick(play.now))
+            due = play.rounds.deadline()
+            assert due is None or due > play.now
+        settled: dict[int, set[str]] = {}
+        for bind in play.of(Bind):
+            assert settled.setdefault(bind.round, set(bind.clients)) == set(bind.clients)
+        play.rounds.barred.clear()  # as if the server were started again
+        for _ in range(60):
+            if play.rounds.stage == "finished":
+                break
+            if play.ended:
+                finish(play)
+            for name in NAMES:
+                if play.rounds.stage == "waiting" or play.members[name].session not in play.rounds.active:
+                    play.join(name)
+                if play.members[name].session in play.rounds.active:
+                    step(play, name, play.members[name].inbox)
+            play.now += 4
+            play.carry(play.rounds.tick(play.now))
+        assert play.rounds.stage == "finished"
+        happened.update(type(instruction).__name__ for instruction in play.done)
+    assert all(happened[kind] > 5 for kind in ("Relay", "Bind", "Dismiss", "Refuse"))
+    assert happened["Aggregate"] == 40
 
 
 def test_a_message_out_of_turn_repeated_or_of_the_wrong_size_is_refused_and_changes_nothing() -> None:
