@@ -9,6 +9,8 @@ Found so, at 60 steps, seed 0 (loss on the `tune` rows):
     medquad lora     3e-3 6.969, 1e-2 6.862, 3e-2 8.155
     medquad prefix   1e-1 7.515, 3e-1 7.509, 1.0 8.040
     tasks full       3e-4 0.311, 1e-3 0.290, 3e-3 0.301
+    tasks lora       1e-3 0.352, 3e-3 0.307, 1e-2 0.354
+    tasks prefix     1e-2 0.596, 3e-2 0.478, 1e-1 0.486
 rsLoRA and DoRA take LoRA's. The other rates are where the grid begins: their neighbours were not measured.
 """
 

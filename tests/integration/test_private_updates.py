@@ -162,14 +162,15 @@ def overhear(heard: list[Any], link: Link, job: Job, parts: HeadTail, timeout_s:
 
 def test_local_noise_is_on_what_travels(model: Path, tmp_path: Path) -> None:
     heard: list[tuple[int, int, dict[str, Tensor]]] = []
-    job = job_of(model, {"type": "local", "clip_norm": 0.05, "noise_multiplier": 2.0}, rounds=1)
+    noise = {"type": "local", "clip_norm": 0.05, "noise_multiplier": 2.0}
+    job = job_of(model, noise, rounds=1, aggregation={"secure": "off"})
     clients = sites(a={"trunk": partial(overhear, heard)})
     outcomes = train_in_process(job, clients, tmp_path)
     ((round, weight, values),) = heard
     assert (round, weight) == (0, 1)
     start = flat(under("trained/", tmp_path / "a", 0))
-    noise = flat(values) - start - clipped(differences(tmp_path)["a"], 0.05)
-    assert float(noise.std()) == pytest.approx(0.1, rel=0.1)
+    added = flat(values) - start - clipped(differences(tmp_path)["a"], 0.05)
+    assert float(added.std()) == pytest.approx(0.1, rel=0.1)
     (told,) = [event for event in outcomes["a"].events if event["event"] == "privacy"]
     assert told["covers"].endswith("everybody")
     assert [event["epsilon"] for event in spent(outcomes["a"])] == [epsilon([(2.0, 1)], DELTA)]

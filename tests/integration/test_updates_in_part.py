@@ -173,7 +173,7 @@ def test_what_a_client_sent_and_keeps_is_what_it_changed(model: Path, tmp_path: 
         for name in account:
             account[name] += trained[name].double() - begun[name].double()
             account[name] -= trunk.sent[round].sent[name].double()
-    kept = of(tmp_path / "a", 3, "unsent/")
+    kept = of(tmp_path / "a", 3, "after/unsent/")
     assert any(bool(value.any()) for value in kept.values())
     for name, value in account.items():
         torch.testing.assert_close(kept[name].double(), value, rtol=1e-5, atol=1e-7)
