@@ -128,6 +128,11 @@ def test_the_quorum_is_all_whom_a_round_takes_unless_it_is_named() -> None:
         ({"type": "fedadam", "personal": ["head", "tail"]}, {}, "take one out of aggregation.personal"),
         ({"type": "median"}, {"cohort": {"clients": 5, "sampled": 2}, **SEPARATE}, "needs rounds of 3 clients"),
         (
+            {"type": "fedavg"},
+            {"cohort": {"clients": 8, "sampled": 4, "replicas": 2}},
+            "cohort.replicas=2 servers knows",
+        ),
+        (
             {"type": "multi_krum", "byzantine": 2},
             {"cohort": {"clients": 7, "quorum": 6}, **SEPARATE},
             "cohort.quorum is 6",
@@ -188,10 +193,20 @@ EVERYTHING = {"training": {"parts": ["head", "trunk", "tail"]}}
         (CENTRAL, {"aggregation": {"type": "fedavg", "max_update_norm": 1}}, "needs aggregation.max_update_norm=null"),
         (
             CENTRAL,
-            {"aggregation": {"type": "median"}, "cohort": {"clients": 3}},
+            {"aggregation": {"type": "median", "secure": "off"}, "cohort": {"clients": 3}},
             "aggregation.type=median it may change",
         ),
-        (CENTRAL, {"aggregation": {"type": "krum"}, "cohort": {"clients": 5}}, "privacy.type=local"),
+        (
+            CENTRAL,
+            {"aggregation": {"type": "krum", "secure": "off"}, "cohort": {"clients": 5}},
+            "privacy.type=local",
+        ),
+        (CENTRAL, EVERYTHING | PER_CLIENT, "aggregation.secure=secagg hides the one from the server"),
+        (
+            LOCAL | {"clip_norm": 200.0},
+            {"cohort": {"clients": 3}},
+            "aggregation.secure=secagg clips values to 1024: lower privacy.clip_norm",
+        ),
         (LOCAL, {"aggregation": {"type": "fedavg", "lora": "exact"}}, "aggregation.lora=exact adds products"),
         (
             CENTRAL,
@@ -217,12 +232,13 @@ def test_privacy_that_could_not_be_kept_is_refused_by_name(
     [
         (CENTRAL, {}),
         (LOCAL, {}),
-        (CENTRAL, EVERYTHING | PER_CLIENT),
+        (CENTRAL, EVERYTHING | PER_CLIENT | {"aggregation": {"type": "fedavg", "secure": "off"}}),
         (CENTRAL, {"training": {"parts": ["trunk"]}} | PER_CLIENT),
+        (LOCAL, {"cohort": {"clients": 3}}),
         (LOCAL, EVERYTHING | {"split": {"trunk": "client"}}),
         (CENTRAL, EVERYTHING | {"split": {"trunk": "client"}}),
         (CENTRAL, {"aggregation": {"type": "fedadam", "lora": "freeze_a", "proximal_mu": 0.1}}),
-        (LOCAL, {"aggregation": {"type": "median"}, "cohort": {"clients": 3}}),
+        (LOCAL, {"aggregation": {"type": "median", "secure": "off"}, "cohort": {"clients": 3}}),
     ],
 )
 def test_privacy_that_fits_is_taken(privacy: dict[str, Any], change: dict[str, Any]) -> None:
