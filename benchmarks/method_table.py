@@ -8,9 +8,11 @@ Found so, at 60 steps, seed 0 (loss on the `tune` rows):
     medquad full     3e-4 5.744, 1e-3 5.358, 3e-3 6.132, 1e-2 6.964
     medquad lora     3e-3 6.969, 1e-2 6.862, 3e-2 8.155
     medquad prefix   1e-1 7.515, 3e-1 7.509, 1.0 8.040
+    medquad prompt   1e-2 7.881, 3e-2 7.678, 1e-1 7.694, 3e-1 7.771
     tasks full       3e-4 0.311, 1e-3 0.290, 3e-3 0.301
     tasks lora       1e-3 0.352, 3e-3 0.307, 1e-2 0.354
     tasks prefix     1e-2 0.596, 3e-2 0.478, 1e-1 0.486
+    tasks prompt     3e-2 1.721, 1e-1 0.654, 3e-1 0.593, 1.0 0.910
 rsLoRA and DoRA take LoRA's. The other rates are where the grid begins: their neighbours were not measured.
 """
 
@@ -51,7 +53,7 @@ METHODS: dict[str, MethodRow] = {
     "lora+dora": MethodRow(Lora(r=8, use_dora=True), LORA_RATES),
     "full": MethodRow(Full(), FULL_RATES),
     "prefix": MethodRow(Prefix(num_virtual_tokens=VIRTUAL_TOKENS), {"medquad": 3e-1, "tasks": 3e-2}),
-    "prompt": MethodRow(Prompt(num_virtual_tokens=VIRTUAL_TOKENS), {"medquad": 1e-1, "tasks": 3e-2}),
+    "prompt": MethodRow(Prompt(num_virtual_tokens=VIRTUAL_TOKENS), {"medquad": 3e-2, "tasks": 3e-1}),
     "plain_fedavg lora": MethodRow(Lora(r=8), LORA_RATES, "client"),
     "plain_fedavg full": MethodRow(Full(), FULL_RATES, "client"),
 }

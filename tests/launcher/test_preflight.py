@@ -626,7 +626,8 @@ def test_what_is_kept_of_differences_is_counted(tmp_path: Path) -> None:
 
     (client, server), (up, _), (down, told) = needs(), needs(update_density=0.1), needs(average_density=0.1)
     trained = 4 * count(checkpoint, parse_job({"model_name_or_path": "m"}, "job"), plan, ("head", "tail"))[1]
-    assert up.memory - client.memory == 2 * trained > 0  # what the round began with, and what is unsent
-    assert up.disk - client.disk == 3 * trained
+    # What the round began with, and what is unsent before it and after.
+    assert up.memory - client.memory == 3 * trained > 0
+    assert up.disk - client.disk == 3 * 2 * trained
     assert (down.memory - client.memory, down.disk) == (trained, client.disk)
     assert (told.memory - server.memory, told.disk - server.disk) == (trained, 2 * trained)
