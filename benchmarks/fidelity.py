@@ -3,7 +3,8 @@
 Case "everything": one client; every weight is trained. Case "trunk": three clients in lockstep, head and tail frozen,
 against one process on the concatenated batch. Each 20 AdamW steps with clipping, weight decay and a linear schedule;
 compared are every step's loss, the logits and every trained tensor at the end. Llama runs as real processes as well,
-and in all the other modes and methods (prompt and prefix tuning against peft's): those that promise exactness, and,
+and in all the other modes and methods (FedSGD of three clients' heads and tails against one process on the
+concatenated batch, prompt and prefix tuning against peft's): those that promise exactness, and,
 marked as approximate, how far each of the others is.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from benchmarks.plain import load_plain, row_logits, train_plain
@@ -25,7 +27,7 @@ from benchmarks.tiny_models import VOCABULARY, save_tiny_model, save_word_tokeni
 from launcher import local_run
 from launcher.in_process import Outcome, Site, train_in_process, trunk_tensors
 from launcher.whole_models import drawn_whole, with_method
-from shared.job import Cohort, Full, Job, Lora, Method, Prefix, Prompt, Rounds, Split, Training, Wire
+from shared.job import Aggregation, Cohort, Full, Job, Lora, Method, Prefix, Prompt, Rounds, Split, Training, Wire
 from shared.model.checkpoint import SINGLE, Checkpoint
 from shared.model.families import FAMILIES
 from shared.model.plan import PartName
@@ -83,6 +85,7 @@ ALL: tuple[PartName, ...] = ("head", "trunk", "tail")
 TRUNK: tuple[PartName, ...] = ("trunk",)
 HEAD: tuple[PartName, ...] = ("head",)
 FOUR_UNDER_WAY = {"training": {"gradient_accumulation_steps": 4}, "cohort": {"in_flight": 4}}
+FEDSGD: dict[str, Mapping[str, Any]] = {"aggregation": {"type": "fedsgd"}, "rounds": {"count": STEPS, "local_steps": 1}}
 PLAIN_FEDAVG = {"split": {"trunk": "client"}}
 CASES = {"everything": Case(ALL, 1), "trunk": Case(TRUNK, 3)}
 MODES = {
@@ -94,6 +97,9 @@ MODES = {
     "DoRA": Case(ALL, 1, method=Lora(r=4, use_dora=True)),
     "prefix": Case(ALL, 1, method=Prefix(num_virtual_tokens=5)),
     "prompt": Case(HEAD, 1, method=Prompt(num_virtual_tokens=5)),
+    "FedSGD, 3 clients, everything": Case(ALL, 3, FEDSGD),
+    "FedSGD, 3 clients, LoRA": Case(ALL, 3, FEDSGD, Lora(r=4)),
+    "FedSGD, plain FedAvg": Case(ALL, 3, FEDSGD | PLAIN_FEDAVG),
     "4 micro-batches in flight, everything": Case(ALL, 1, FOUR_UNDER_WAY),
     "4 micro-batches in flight, trunk": Case(TRUNK, 3, FOUR_UNDER_WAY),
     "graphs computed again": Case(TRUNK, 3, {"server": {"max_kept_tokens": 0}}),
@@ -124,8 +130,9 @@ def make_job(model: Path, case: Case) -> Job:
         split=Split(**{"head_blocks": 1, "tail_blocks": 1, **changes.get("split", {})}),
         method=case.method,
         training=Training(**training),
-        rounds=Rounds(count=1, local_steps=STEPS),
+        rounds=Rounds(**{"count": 1, "local_steps": STEPS, **changes.get("rounds", {})}),
         cohort=Cohort(**{"clients": case.clients, **changes.get("cohort", {})}),
+        aggregation=TypeAdapter(Aggregation).validate_python({"type": "fedavg", **changes.get("aggregation", {})}),
         wire=Wire(**changes.get("wire", {})),
     )
 

@@ -100,10 +100,14 @@ class Training:
 
     def _take_part(self, round: int, boundary: Boundary, masked: MaskedUpdates, terms: Terms | None) -> Boundary:
         """Train a round and hand in what came of it; where the next begins."""
+        self._forget_gradients()
         drift = begin(self.job, self.parts.shared, boundary.control, self.carried.control)
         steps = Steps(self.job, self.parts, self.trunk, self.rows, self.optimizer, self.report, drift)
         weight = self._weight(steps.train_round(round))
-        update = _values(self.parts.shared)
+        update, start = _values(self.parts.shared), self.start
+        if self.job.exchanges_gradients:
+            update = _gradients(self.parts.shared)
+            start = {name: torch.zeros_like(gradient) for name, gradient in update.items()}
         if self.protection is not None:
             update = self.protection.hand_in(round, update)
         compressed = self._compressed(update)
@@ -115,7 +119,7 @@ class Training:
         if compressed is not None:
             ended = self.trunk.update_in_part(round, weight, compressed)
         elif terms is not None:
-            ended = masked.hand_in(self.trunk, terms, round, weight, self.start, update)
+            ended = masked.hand_in(self.trunk, terms, round, weight, start, update)
         else:
             ended = self.trunk.update(round, weight, update)
         if ended.refused is not None:
@@ -173,7 +177,16 @@ class Training:
     # State
 
     def _fresh_optimizer(self) -> PartOptimizer:
-        return PartOptimizer(self.parts.parameters, self.job.training, self.job.total_steps)
+        """Of all parameters that this client's own steps change."""
+        own = self.parts.parameters
+        if self.job.exchanges_gradients:
+            own = {name: parameter for name, parameter in own.items() if name not in self.parts.shared}
+        return PartOptimizer(own, self.job.training, self.job.total_steps)
+
+    def _forget_gradients(self) -> None:
+        """A round that was broken off may have left some."""
+        for parameter in self.parts.parameters.values():
+            parameter.grad = None
 
     def _apply(self, boundary: Boundary) -> None:
         """Take over the averages, or add what they differ by. Raises TensorError if they, control variates or residuals
@@ -288,6 +301,10 @@ class Training:
 
 def _values(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+def _gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.detach() for n, p in parameters.items()}
 
 
 def told(wire: Wire, start: Mapping[str, Tensor], boundary: Boundary) -> dict[str, Tensor]:

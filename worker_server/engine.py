@@ -200,9 +200,9 @@ class Engine:
         return result.bounded
 
     def _update(self, ticket: Ticket) -> Update:
-        """What the client handed in, values or differences, and what its own adapter here has become."""
-        own = self.progress.trunk.own_values(ticket.client)
-        if self.progress.job.wire.compresses_updates:
+        """What the client handed in, values, differences or gradients, and what its own adapter here has become."""
+        own, job = self.progress.trunk.own_values(ticket.client), self.progress.job
+        if job.wire.compresses_updates or job.exchanges_gradients:
             return Update(ticket.client, ticket.weight, own, changes=ticket.payload)
         return Update(ticket.client, ticket.weight, {**ticket.payload, **own})
 

@@ -209,6 +209,11 @@ class Server:
                 "replicas knows only its own",
                 hint="run one server, or leave cohort.sampled out",
             )
+        if self.job.exchanges_gradients:
+            raise JobError(
+                "aggregation.type=fedsgd is one step for all, and replicas step by themselves",
+                hint="run one server, or set aggregation.type=fedavg",
+            )
         if self.job.aggregation.robust:
             raise JobError(
                 f"aggregation.type={self.job.aggregation.type} compares all clients' updates, and each of "

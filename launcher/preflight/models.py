@@ -32,7 +32,7 @@ MASKED_AT_CLIENT = 8 + 4 + 4
 MASKED_WORD = 8
 MASKED_AT_SERVER = 8 + 4 + 8
 # How many values a method of aggregation keeps of each that it aggregates.
-AGGREGATOR_COPIES = {"fedavgm": 1, "fedadam": 2, "fedyogi": 2, "scaffold": 1}
+AGGREGATOR_COPIES = {"fedavgm": 1, "fedadam": 2, "fedyogi": 2, "fedsgd": 2, "scaffold": 1}
 
 
 def checkpoint_of(rows: Checklist, name_or_path: str, option: str, drawn_from: int | None = None) -> Checkpoint | None:

@@ -5,7 +5,7 @@ handshakes, so that no setting can be changed between operator and client. Names
 where those exist.
 """
 
-from shared.job.aggregation import Adaptive, Aggregation, AnyKrum, FedAvg, FedAvgM, Scaffold, TrimmedMean
+from shared.job.aggregation import Adaptive, Aggregation, AnyKrum, FedAvg, FedAvgM, FedSgd, Scaffold, TrimmedMean
 from shared.job.job import Job, load_job, parse_job
 from shared.job.methods import Full, Lora, Method, MethodName, Prefix, Prompt, TrainedPart, Training
 from shared.job.privacy import CentralPrivacy, GaussianPrivacy, LocalPrivacy, NoPrivacy, Privacy
@@ -21,6 +21,7 @@ __all__ = [
     "Data",
     "FedAvg",
     "FedAvgM",
+    "FedSgd",
     "Full",
     "GaussianPrivacy",
     "Job",

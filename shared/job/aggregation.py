@@ -76,6 +76,12 @@ class FedYogi(Adaptive):
     type: Literal["fedyogi"] = "fedyogi"
 
 
+class FedSgd(AnyAggregation):
+    """Clients hand in gradients, and all take the same step, with the job's optimizer: rounds of one step."""
+
+    type: Literal["fedsgd"] = "fedsgd"
+
+
 class Scaffold(AnyAggregation):
     type: Literal["scaffold"] = "scaffold"
     server_learning_rate: Annotated[float, Field(gt=0)] = 1.0
@@ -117,6 +123,6 @@ class MultiKrum(AnyKrum):
 
 
 Aggregation = Annotated[
-    FedAvg | FedAvgM | FedAdam | FedYogi | Scaffold | Median | TrimmedMean | Krum | MultiKrum,
+    FedAvg | FedAvgM | FedAdam | FedYogi | FedSgd | Scaffold | Median | TrimmedMean | Krum | MultiKrum,
     Field(discriminator="type"),
 ]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from shared.job.aggregation import AnyKrum, FedAvg, Scaffold, TrimmedMean
+from shared.job.aggregation import AnyKrum, FedAvg, FedSgd, Scaffold, TrimmedMean
 from shared.job.methods import Lora
 from shared.job.privacy_contradictions import privacy
 from shared.job.secure import least_quorum, neighbourhood
@@ -145,6 +145,8 @@ def _aggregation(job: "Job") -> Iterator[str]:
         )
     if isinstance(aggregation, Scaffold):
         yield from _scaffold(job)
+    if isinstance(aggregation, FedSgd):
+        yield from _fedsgd(job)
 
 
 def _compression(job: "Job") -> Iterator[str]:
@@ -194,6 +196,25 @@ def _scaffold(job: "Job") -> Iterator[str]:
     missing = [setting for holds, setting in wants if not holds]
     if missing:
         yield f"aggregation.type=scaffold needs {', '.join(missing)}"
+
+
+def _fedsgd(job: "Job") -> Iterator[str]:
+    """Gradients of the same parameters, once a step, exactly the mean that one process would have."""
+    wire = job.wire
+    wants = (
+        (job.rounds.local_steps == 1, "rounds.local_steps=1"),
+        (job.rounds.weighting == "tokens", "rounds.weighting=tokens"),
+        (job.cohort.mode == "lockstep", "cohort.mode=lockstep"),
+        (job.cohort.adapters == "shared", "cohort.adapters=shared"),
+        (job.cohort.replicas == 1, "cohort.replicas=1"),
+        (job.privacy.type == "none", "privacy.type=none"),
+        (job.aggregation.proximal_mu == 0, "aggregation.proximal_mu=0"),
+        (not wire.compresses_updates, "wire.update=float32 and wire.update_density=1"),
+        (not wire.compresses_averages, "wire.average=float32 and wire.average_density=1"),
+    )
+    missing = [setting for holds, setting in wants if not holds]
+    if missing:
+        yield f"aggregation.type=fedsgd needs {', '.join(missing)}"
 
 
 def _secure(job: "Job") -> Iterator[str]:

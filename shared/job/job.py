@@ -51,6 +51,11 @@ class Job(Settings):
         )
 
     @property
+    def exchanges_gradients(self) -> bool:
+        """Whether clients hand in gradients, in place of what local steps made of their parameters."""
+        return self.aggregation.type == "fedsgd"
+
+    @property
     def secure(self) -> Secure:
         """How the updates of what clients hold are masked."""
         return secure_of(self)

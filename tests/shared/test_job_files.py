@@ -117,6 +117,16 @@ def test_the_quorum_is_all_whom_a_round_takes_unless_it_is_named() -> None:
             "scaffold needs training.optim=sgd, training.lr_scheduler_type=constant, training.max_grad_norm=null, "
             "aggregation.max_update_norm=null",
         ),
+        (
+            {"type": "fedsgd", "proximal_mu": 0.1},
+            {
+                "cohort": {"mode": "greedy", "adapters": "per_client", "clients": 6, "replicas": 2},
+                "rounds": {"weighting": "clients"},
+                "wire": {"average": "int8"},
+            },
+            "aggregation.type=fedsgd needs rounds.local_steps=1, rounds.weighting=tokens, cohort.mode=lockstep, "
+            "cohort.adapters=shared, cohort.replicas=1, aggregation.proximal_mu=0, wire.average=float32 and",
+        ),
         ({"type": "fedavg", "proximal_mu": 0.1}, {"training": {"parts": ["trunk"]}}, "has nothing to aggregate"),
         (
             {"type": "fedavg", "personal": ["tail"]},

@@ -57,6 +57,18 @@ def _adaptive(w: Tensor, g: Tensor, kept: dict[str, Tensor], second: Callable[[T
     return w + 0.1 * kept["m"] / (kept["v"].sqrt() + 0.01)
 
 
+def plain_fedsgd(w: Tensor, d: Tensor, p: Tensor, kept: dict[str, Tensor]) -> Tensor:
+    """AdamW by its formulas (arXiv 1711.05101, algorithm 2), clipped to norm 1, the rate falling over ten rounds."""
+    t = kept["t"] = kept.get("t", torch.zeros(())) + 1
+    gradient = p @ d
+    gradient = gradient / gradient.norm().clamp_min(1.0)
+    kept["m"] = 0.9 * kept.get("m", torch.zeros_like(w)) + 0.1 * gradient
+    kept["v"] = 0.999 * kept.get("v", torch.zeros_like(w)) + 0.001 * gradient**2
+    rate = 1e-3 * (11 - t) / 10
+    moved = kept["m"] / (1 - 0.9**t) / ((kept["v"] / (1 - 0.999**t)).sqrt() + 1e-8)
+    return w * (1 - rate * 0.1) - rate * moved
+
+
 def plain_median(w: Tensor, d: Tensor, p: Tensor, kept: dict[str, Tensor]) -> Tensor:
     return w + torch.quantile(d, 0.5, dim=0)
 
@@ -91,6 +103,7 @@ CASES: dict[str, tuple[dict[str, Any], int, Plain]] = {
     "fedavgm": ({"type": "fedavgm", "server_learning_rate": 0.7, "momentum": 0.8}, 3, plain_fedavgm),
     "fedadam": ({"type": "fedadam", **ADAPTIVE}, 3, plain_fedadam),
     "fedyogi": ({"type": "fedyogi", **ADAPTIVE}, 3, plain_fedyogi),
+    "fedsgd": ({"type": "fedsgd"}, 3, plain_fedsgd),
     "scaffold": ({"type": "scaffold", "server_learning_rate": 0.7}, 3, plain_scaffold),
     "median": ({"type": "median"}, 3, plain_median),
     "median of 4": ({"type": "median"}, 4, plain_median),
@@ -108,6 +121,9 @@ def job_of(aggregation: dict[str, Any], clients: int = 3) -> Job:
     training: dict[str, Any] = {"parts": ["head", "tail"]}
     if aggregation["type"] == "scaffold":
         training |= {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": None}
+    if aggregation["type"] == "fedsgd":
+        training |= {"weight_decay": 0.1}
+        values |= {"rounds": {"count": 10, "local_steps": 1}}
     return parse_job(values | {"training": training}, "job")
 
 
