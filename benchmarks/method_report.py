@@ -23,12 +23,12 @@ def gap(joint: float, centralised: float) -> float:
     return (joint - centralised) / centralised
 
 
-def iid_gaps(found: Found) -> dict[str, float]:
-    """By method, of three IID clients."""
+def gaps_of(found: Found, setting: str) -> dict[str, float]:
+    """By method, of the joint runs of a setting."""
     return {
         method: gap(figures["loss"], found[method, CENTRALISED]["loss"])
-        for (method, setting), figures in found.items()
-        if setting == IID and (method, CENTRALISED) in found
+        for (method, of), figures in found.items()
+        if of == setting and (method, CENTRALISED) in found
     }
 
 

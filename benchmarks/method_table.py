@@ -13,7 +13,11 @@ Found so, at 60 steps, seed 0 (loss on the `tune` rows):
     tasks lora       1e-3 0.352, 3e-3 0.307, 1e-2 0.354
     tasks prefix     1e-2 0.596, 3e-2 0.478, 1e-1 0.486
     tasks prompt     3e-2 1.721, 1e-1 0.654, 3e-1 0.593, 1.0 0.910
-rsLoRA and DoRA take LoRA's. The other rates are where the grid begins: their neighbours were not measured.
+    medquad rslora   1e-3 7.045, 3e-3 6.827, 1e-2 8.253
+    tasks rslora     1e-3 0.304, 3e-3 0.292, 1e-2 1.722
+    medquad SGD      lora 1.0 9.797, 3.0 8.680, 10 8.872; full 3e-3 6.811, 1e-2 6.473, 3e-2 7.477
+    tasks SGD        lora 1.0 2.224, 3.0 1.773, 10 5.763; full 3e-4 0.323, 1e-3 0.315, 3e-3 0.348
+DoRA takes LoRA's.
 """
 
 from collections.abc import Mapping
@@ -45,11 +49,12 @@ class MethodRow:
 
 
 LORA_RATES = {"medquad": 1e-2, "tasks": 3e-3}
+RSLORA_RATES = {"medquad": 3e-3, "tasks": 3e-3}
 FULL_RATES = {"medquad": 1e-3, "tasks": 1e-3}
 
 METHODS: dict[str, MethodRow] = {
     "lora": MethodRow(Lora(r=8), LORA_RATES),
-    "lora+rslora": MethodRow(Lora(r=8, use_rslora=True), LORA_RATES),
+    "lora+rslora": MethodRow(Lora(r=8, use_rslora=True), RSLORA_RATES),
     "lora+dora": MethodRow(Lora(r=8, use_dora=True), LORA_RATES),
     "full": MethodRow(Full(), FULL_RATES),
     "prefix": MethodRow(Prefix(num_virtual_tokens=VIRTUAL_TOKENS), {"medquad": 3e-1, "tasks": 3e-2}),
@@ -61,23 +66,28 @@ METHODS: dict[str, MethodRow] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """`clients` of them; rows dealt by their source, or at random."""
+    """`clients` of them; rows dealt by their source, or at random. `fedsgd`: gradients of head and tail every step."""
 
     clients: int
     by_source: bool
+    fedsgd: bool = False
 
 
 SETTINGS: dict[str, Setting] = {
     "1 client": Setting(1, False),
     "3 clients IID": Setting(3, False),
     "3 clients by source": Setting(3, True),
+    "3 clients IID, FedSGD": Setting(3, False, fedsgd=True),
+    "3 clients by source, FedSGD": Setting(3, True, fedsgd=True),
 }
 IID, BY_SOURCE = "3 clients IID", "3 clients by source"
+FEDSGD_IID, FEDSGD_BY_SOURCE = f"{IID}, FedSGD", f"{BY_SOURCE}, FedSGD"
+FEDSGD: Mapping[str, Any] = {"type": "fedsgd"}
 
 # Where several local steps let clients drift apart, by source. SCAFFOLD needs plain SGD, and is compared with that.
 DRIFT_METHODS = ("lora", "plain_fedavg full")
 SERVER_RATE = 1e-3
-SGD_RATES = {"lora": {"medquad": 1.0, "tasks": 1.0}, "plain_fedavg full": {"medquad": 0.1, "tasks": 0.1}}
+SGD_RATES = {"lora": {"medquad": 3.0, "tasks": 3.0}, "plain_fedavg full": {"medquad": 1e-2, "tasks": 1e-3}}
 FEDAVG: Mapping[str, Any] = {"type": "fedavg"}
 WITH_ADAMW: dict[str, Mapping[str, Any]] = {
     "fedavg": FEDAVG,

@@ -10,7 +10,7 @@ from benchmarks import methods
 from benchmarks.cells import Cells
 from benchmarks.client_flops import step_flops
 from benchmarks.corpora import rows_of, shortened
-from benchmarks.method_report import CENTRALISED, cost_of_sources, gap, given_back, iid_gaps
+from benchmarks.method_report import CENTRALISED, cost_of_sources, gap, gaps_of, given_back
 from benchmarks.method_runs import GRID, Bench, deal, descend, joint, make_job, whole
 from benchmarks.method_table import BY_SOURCE, FEDAVG, IID, METHODS, SETTINGS, WITH_SGD
 from benchmarks.tiny_corpora import CORPORA, MAX_LENGTH, save_model
@@ -47,7 +47,7 @@ def test_gaps_are_fractions_of_the_centralised_loss() -> None:
         ("full", BY_SOURCE): {"loss": 1.9},
         ("full", CENTRALISED): {"loss": 2.0},
     }
-    assert iid_gaps(found) == pytest.approx({"lora": 0.1, "full": -0.05})
+    assert gaps_of(found, IID) == pytest.approx({"lora": 0.1, "full": -0.05})
     assert cost_of_sources(found) == pytest.approx({"lora": 1.5, "full": 1.0})
 
 
