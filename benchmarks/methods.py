@@ -3,8 +3,8 @@
 Held-out loss (and accuracy where options are chosen), bytes, peak memory, floating point operations and seconds, on two
 corpora: MedQuAD, whose sources are three institutes, and the tasks RTE, CB and SST-2, a source each. A step takes
 the same number of rows whoever trains: BATCH in one process and at one client, a third of it at each of three. Heads
-and tails (in plain FedAvg all) are averaged every LOCAL_STEPS, or take one step for all every time (FedSGD). Beside: one
-process on the rows that the three take ("centralised"), each client by itself, and how much of what clients with
+and tails (in plain FedAvg all) are averaged every LOCAL_STEPS, or take one step for all every time (FedSGD). Beside:
+one process on the rows that the three take ("centralised"), each client by itself, and how much of what clients with
 different sources lose over DRIFT times as many local steps each method of aggregation gives back.
 
 All roles are threads of this process, real links and seals between them, but for peak memory: there broker, server and

@@ -103,7 +103,7 @@ def _data_line(event: dict[str, Any]) -> str:
 def _updates_line(event: dict[str, Any]) -> str:
     if event["secure"] == "off":
         return f"updates are not masked: {event['why_off']}"
-    return f"updates are masked ({event['secure']}): the server sees their sum alone"
+    return f"updates are masked ({event['secure']}): {event['seen']}"
 
 
 _LEFT_OUT = {

@@ -7,6 +7,7 @@ of their names: differences are small, and so is what rounding them costs.
 import hashlib
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from shared.errors import JobError, SchemaError
 from shared.job import Job
-from shared.job.secure import CLIP, neighbourhood
+from shared.job.secure import CLIP, least_members, neighbourhood
 from shared.secure_aggregation.fixed_point import Floats
-from shared.secure_aggregation.terms import MAX_LENGTH, MAX_WEIGHT, Member, Terms
+from shared.secure_aggregation.terms import MAX_LENGTH, MAX_WEIGHT, Member, RingTerms, Terms
 
 LARGEST_ERROR = 1e-7
 """Of a value of the mean, where 64-bit words give that much; they do for a million target tokens of 512 clients."""
@@ -50,22 +51,36 @@ def terms_of(job: Job, shapes: Shapes, members: Sequence[Member], round: int, no
     can have: too few, twice the same, or not in the order of their names.
     """
     label = hashlib.sha256(b"flglm round\0" + job.digest() + round.to_bytes(8) + bytes.fromhex(nonce)).hexdigest()
-    weight = {"tokens": min(MAX_WEIGHT, most_tokens(job)), "rows": MAX_WEIGHT, "clients": 1}[job.rounds.weighting]
     neighbours, threshold = neighbourhood(job, max(2, len(members)))
     try:
-        return Terms(
-            label=label,
-            members=tuple(members),
-            length=length_of(shapes),
-            clip=CLIP,
-            max_weight=weight,
-            # What 64-bit words always give, if every weight were the smallest.
-            largest_error=max(LARGEST_ERROR, len(members) * weight * CLIP * 2.0**-62),
-            neighbours=neighbours,
-            threshold=threshold,
-        )
+        return Terms(label=label, neighbours=neighbours, threshold=threshold, **_of_any_sum(job, shapes, members))
     except ValidationError as error:
-        raise SchemaError(f"no masked sum among these {len(members)} members ({error.errors()[0]['msg']})") from None
+        raise _no_sum(members, error) from None
+
+
+def ring_terms_of(job: Job, shapes: Shapes, members: Sequence[Member], nonce: str) -> RingTerms:
+    """Of all sums of the ring that was made under `nonce`. Raises SchemaError as `terms_of`."""
+    label = hashlib.sha256(b"flglm ring\0" + job.digest() + bytes.fromhex(nonce)).hexdigest()
+    try:
+        return RingTerms(label=label, minimum=least_members(job), **_of_any_sum(job, shapes, members))
+    except ValidationError as error:
+        raise _no_sum(members, error) from None
+
+
+def _of_any_sum(job: Job, shapes: Shapes, members: Sequence[Member]) -> dict[str, Any]:
+    weight = {"tokens": min(MAX_WEIGHT, most_tokens(job)), "rows": MAX_WEIGHT, "clients": 1}[job.rounds.weighting]
+    return {
+        "members": tuple(members),
+        "length": length_of(shapes),
+        "clip": CLIP,
+        "max_weight": weight,
+        # What 64-bit words always give, if every weight were the smallest.
+        "largest_error": max(LARGEST_ERROR, len(members) * weight * CLIP * 2.0**-62),
+    }
+
+
+def _no_sum(members: Sequence[Member], error: ValidationError) -> SchemaError:
+    return SchemaError(f"no masked sum among these {len(members)} members ({error.errors()[0]['msg']})")
 
 
 def flat_difference(start: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Floats:

@@ -16,7 +16,7 @@ from shared.errors import ConnectionFailed, HandshakeError, ModelError, Refused
 from shared.identity import Identity
 from shared.invitations import Invitation
 from shared.job import Job, parse_job
-from shared.job.secure import why_off
+from shared.job.secure import seen_of, why_off
 from shared.model.checkpoint import Checkpoint, Fingerprint, checkpoint_of
 from shared.model.families import context_length
 from shared.model.methods import longest_row
@@ -147,7 +147,8 @@ def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, repor
             "total_steps": job.total_steps,
         }
     )
-    report({"event": "updates", "handed_in": bool(job.handed_in), "secure": job.secure, "why_off": why_off(job)})
+    updates = {"handed_in": bool(job.handed_in), "secure": job.secure, "seen": seen_of(job), "why_off": why_off(job)}
+    report({"event": "updates"} | updates)
     return Site(
         job,
         load_client_parts(checkpoint, job),

@@ -5,7 +5,8 @@ has changed its key within the job, no fewer than the job allows, and, where its
 Everything else in the terms follows from the job.
 
 Two sums of one round's updates among different members differ by an update. So what a client once helped to unmask is
-kept on disk, flushed before its shares leave, and no other sum of that round is helped with.
+kept on disk, flushed before its shares leave, and no other sum of that round is helped with. In a ring
+(worker_client/ring.py) it learns that a sum was seen when it is told what came of it.
 """
 
 import base64
@@ -14,6 +15,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,15 @@ from shared.errors import CheckpointError, Refused, SchemaError, ShareError
 from shared.identity import Identity
 from shared.job import Job
 from shared.job.secure import least_members
-from shared.masked_updates import Shapes, flat_difference, terms_of
-from shared.payload.messages import Objection
+from shared.masked_updates import Shapes, flat_difference, ring_terms_of, terms_of
+from shared.payload.messages import Objection, SumOf
+from shared.secure_aggregation.checks import ascending
 from shared.secure_aggregation.client import Client
 from shared.secure_aggregation.fixed_point import Floats
 from shared.secure_aggregation.messages import KeyList, RelayedShares, UnmaskRequest
-from shared.secure_aggregation.terms import Member, Terms
+from shared.secure_aggregation.terms import Member, RingTerms, SumTerms, Terms
 from worker_client.remote_trunk import Boundary, RemoteTrunk
+from worker_client.ring import RingPlace
 from worker_client.steps import Report
 
 MEMBERS = "members.json"
@@ -54,12 +58,14 @@ class MaskedUpdates:
     known: dict[str, str] = field(init=False)
     """Public keys of all members so far, in hexadecimal, by name."""
     shown: str = field(init=False, default="")
+    place: RingPlace | None = field(init=False, default=None)
+    """In the ring of this session, where updates are masked by one."""
 
     def __post_init__(self) -> None:
         path = self.folder / MEMBERS
         self.known = dict(state_files.read_json(path)) if path.exists() else {}
 
-    def terms(self, boundary: Boundary) -> Terms | None:
+    def terms(self, boundary: Boundary) -> SumTerms | None:
         """The terms of the sum that this round ends with; None if updates are not masked in this job.
 
         Raises Refused where the server names members that must not be, or would have the update in the clear.
@@ -70,13 +76,17 @@ class MaskedUpdates:
             return None
         if boundary.sum is None or boundary.round is None:
             raise _refused(f"it asks for this client's update in the clear; the job says {self.job.secure}")
+        if self.job.secure == "ring":
+            return self._ring_terms(boundary.sum)
+        if boundary.sum.ring is not None:
+            raise SchemaError(f"the server would sum in a ring; the job says aggregation.secure={self.job.secure}")
         self._check(boundary.sum.members)
         return terms_of(self.job, self.shapes, boundary.sum.members, boundary.round, boundary.sum.nonce)
 
     def hand_in(
         self,
         trunk: RemoteTrunk,
-        terms: Terms,
+        terms: SumTerms,
         round: int,
         weight: int,
         start: Mapping[str, Tensor],
@@ -95,10 +105,28 @@ class MaskedUpdates:
             vector, weight = np.zeros_like(vector), 1
         if clipped := terms.encoding.clipped(vector):
             self.report({"event": "update_clipped", "round": round, "values": clipped, "to": terms.encoding.clip})
-        client = Client(terms, self.identity)
         told = weight if self.job.cohort.adapters == "per_client" else 0
-        boundary = self._phases(trunk, client, terms, round, told, (vector, weight))
+        if isinstance(terms, Terms):
+            boundary = self._phases(trunk, Client(terms, self.identity), terms, round, told, (vector, weight))
+        else:
+            assert self.place is not None
+            boundary = self.place.hand_in(trunk, round, told, (vector, weight), partial(self._refuse_other, round))
+            _append(self.folder / SUMS, {"round": round, "clients": self.place.summed()})
         return replace(boundary, refused=withheld) if withheld and boundary.refused is None else boundary
+
+    def _ring_terms(self, announced: SumOf) -> RingTerms:
+        """Those of the ring that the round's sum is made in: a new one, or the one that this client has a place in."""
+        if announced.ring is None:
+            self._check(announced.members)
+            terms = ring_terms_of(self.job, self.shapes, announced.members, announced.nonce)
+            self.place = RingPlace(terms, announced.nonce, self.identity)
+            return terms
+        place = self.place
+        if place is None or (place.nonce, place.terms.members) != (announced.nonce, announced.members):
+            raise SchemaError("the server would sum in a ring that this client has no place in")
+        self._check([announced.members[number] for number in ascending(announced.ring.members, place.terms)])
+        place.asked = announced.ring
+        return place.terms
 
     def _phases(
         self, trunk: RemoteTrunk, client: Client, terms: Terms, round: int, told: int, update: tuple[Floats, int]
@@ -155,6 +183,11 @@ class MaskedUpdates:
 
     def _settle(self, round: int, summed: Sequence[str]) -> None:
         """Keep whose sum of `round` this client helps to unmask. Raises Refused if it helped with another."""
+        self._refuse_other(round, summed)
+        _append(self.folder / SUMS, {"round": round, "clients": list(summed)})
+
+    def _refuse_other(self, round: int, summed: Sequence[str]) -> None:
+        """Raises Refused if another sum of `round` than this was seen with this client's help."""
         for kept in _lines(self.folder / SUMS):
             if kept["round"] == round and kept["clients"] != list(summed):
                 other = sorted(set(kept["clients"]) ^ set(summed))
@@ -164,7 +197,6 @@ class MaskedUpdates:
                     reason="another_sum",
                     hint="bring back the clients that were in it: the round is done again among the same",
                 )
-        _append(self.folder / SUMS, {"round": round, "clients": list(summed)})
 
 
 def fingerprint(members: Sequence[Member]) -> str:

@@ -14,7 +14,7 @@ from shared.errors import CheckpointError, Refused, SchemaError, TensorError
 from shared.job import CentralPrivacy, Job, Wire
 from shared.model.optimizer import PartOptimizer
 from shared.model.trainable import load_trained
-from shared.secure_aggregation.terms import Terms
+from shared.secure_aggregation.terms import SumTerms
 from worker_client.batches import pack_rows
 from worker_client.carried import Carried, carried_in
 from worker_client.data import Row
@@ -98,7 +98,7 @@ class Training:
         self.report({"event": "finished", "rounds": self.job.rounds.count})
         return score
 
-    def _take_part(self, round: int, boundary: Boundary, masked: MaskedUpdates, terms: Terms | None) -> Boundary:
+    def _take_part(self, round: int, boundary: Boundary, masked: MaskedUpdates, terms: SumTerms | None) -> Boundary:
         """Train a round and hand in what came of it; where the next begins."""
         self._forget_gradients()
         drift = begin(self.job, self.parts.shared, boundary.control, self.carried.control)

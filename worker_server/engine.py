@@ -18,9 +18,10 @@ from shared.errors import AggregationError
 from shared.job import CentralPrivacy
 from shared.logs import event
 from worker_server.aggregators.method import Update
-from worker_server.masking import RoundSum, Summed
+from worker_server.masking import Summed
 from worker_server.progress import Progress
 from worker_server.replicas import Replicas
+from worker_server.ring import AnySum
 from worker_server.round_end import aggregate
 from worker_server.streams import StreamCaches
 from worker_server.telling import tell
@@ -156,7 +157,7 @@ class Engine:
         assert isinstance(self.progress.trunk, Trunk)
         return self.progress.trunk
 
-    def _unmask(self, work: Work, round: int, sum_: RoundSum) -> Computed:
+    def _unmask(self, work: Work, round: int, sum_: AnySum) -> Computed:
         """The end of a round whose updates are masked. Without a sum all go on from where they began."""
         try:
             summed = sum_.finish()

@@ -12,7 +12,7 @@ Not exact: a step's gradient belongs to the parameters that its forward used, an
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from worker_server.masking import Sums
+from worker_server.ring import AnySums
 from worker_server.rounds import Plan, Rounds
 from worker_server.work import Instruction, RunBackward, RunForward, Ticket, in_order, refuse
 
@@ -44,7 +44,7 @@ class Greedy(Rounds):
         plan: Plan,
         round: int = 0,
         known: Iterable[str] = (),
-        sums: Sums | None = None,
+        sums: AnySums | None = None,
         bound: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(plan, round, known, sums, bound)

@@ -11,7 +11,7 @@ from shared.job import Job
 from shared.masked_updates import most_tokens
 from shared.payload.messages import Backward, Forward, Generate, Join, Mask, Update
 from shared.payload.tensors import TensorInfo, decode
-from shared.secure_aggregation.messages import AdvertiseKeys
+from shared.secure_aggregation.messages import AdvertiseKeys, RingInput
 from shared.wire.envelope import Frame
 from worker_server.kept import Rows
 from worker_server.sessions import Session
@@ -114,8 +114,8 @@ class Intake:
     def mask(self, session: Session, message: Mask) -> Ticket:
         """Raises Refused for a weight that cannot be, or none where the client has an adapter of its own here."""
         self._check_weight(message.weight)
-        first = isinstance(message.body, AdvertiseKeys)
-        if first and message.weight == 0 and self.job.cohort.adapters == "per_client":
+        due = isinstance(message.body, AdvertiseKeys | RingInput)
+        if due and message.weight == 0 and self.job.cohort.adapters == "per_client":
             raise Refused("the client's own adapter in the trunk has no weight", reason="weight")
         return Ticket(session.id, session.client, message.request, None, held=message.round, public=session.public)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from worker_server.deadlines import Kind
-from worker_server.masking import Sums
+from worker_server.ring import AnySums
 from worker_server.rounds import Plan, Rounds
 from worker_server.work import Instruction, RunBackward, RunForward, Ticket, in_order, refuse
 
@@ -51,7 +51,7 @@ class Lockstep(Rounds):
         plan: Plan,
         round: int = 0,
         known: Iterable[str] = (),
-        sums: Sums | None = None,
+        sums: AnySums | None = None,
         bound: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__(plan, round, known, sums, bound)

@@ -12,7 +12,7 @@ that leaves enough; else `ShareError` names those who are party to most objectio
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,19 +26,21 @@ from shared.secure_aggregation.messages import (
     KeyList,
     MaskedInput,
     RelayedShares,
+    RingKeys,
+    RingRound,
     ShareKeys,
     Unmask,
     UnmaskRequest,
 )
-from shared.secure_aggregation.server import Server
-from shared.secure_aggregation.terms import Member, Terms
+from shared.secure_aggregation.server import MaskedSum, Server
+from shared.secure_aggregation.terms import Member, SumTerms, Terms
 from shared.wire.envelope import Frame
 
 NONCE_BYTES = 32
 PHASES: tuple[tuple[type[Message], ...], ...] = ((AdvertiseKeys,), (ShareKeys,), (MaskedInput, Objection), (Unmask,))
 UNMASKING = 3
 
-Next = KeyList | RelayedShares | UnmaskRequest
+Next = KeyList | RelayedShares | UnmaskRequest | RingKeys | RingRound
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,17 @@ class Summed:
     liars: tuple[str, ...] = ()
 
 
+def summed(made: MaskedSum, terms: SumTerms, shapes: Shapes, weights: Mapping[str, int]) -> Summed:
+    """Raises AggregationError if masks are left."""
+    mean, weight = made.mean(terms)
+    contributors = tuple(terms.name(number) for number in made.contributors)
+    return Summed(tensors_of(mean, shapes), weight, contributors, weights, made.liars)
+
+
 class RoundSum:
+    ends_with_late = False
+    """Whether what comes late must stay sealed. Here a self-mask, of which nobody gives shares, is left on it."""
+
     def __init__(self, terms: Terms, nonce: str, shapes: Shapes) -> None:
         self.terms = terms
         self.shapes = shapes
@@ -95,10 +107,11 @@ class RoundSum:
             case Unmask():
                 self._server.unmask(number, body)
 
-    def close(self) -> dict[str, Next]:
+    def close(self, here: Collection[str]) -> dict[str, Next]:
         """The phase is over: what goes to whom, by name. Raises AggregationError; the phase is still open then.
 
-        After the last there is nothing to send: `finish` is next.
+        After the last there is nothing to send: `finish` is next. `here`: the members that are left; what came of
+        others is used all the same.
         """
         answers: Mapping[int, Next]
         match self.phase:
@@ -117,10 +130,7 @@ class RoundSum:
 
     def finish(self) -> Summed:
         """Removes the masks. Raises AggregationError, and it is over."""
-        made = self._server.finish()
-        mean, weight = made.mean(self.terms)
-        contributors = tuple(self.terms.name(number) for number in made.contributors)
-        return Summed(tensors_of(mean, self.shapes), weight, contributors, self._weights, made.liars)
+        return summed(self._server.finish(), self.terms, self.shapes, self._weights)
 
     def _object(self, client: str, objection: Objection) -> None:
         if objection.client >= len(self.terms.members) or self.terms.name(objection.client) == client:
@@ -147,8 +157,12 @@ class Sums:
         self.shapes = shapes
         self.random = random
 
-    def begin(self, round: int, members: Mapping[str, bytes]) -> RoundSum:
-        """Among these clients, by name with their public keys (32 bytes)."""
-        roster = [Member(name=name, public_key=public.hex()) for name, public in sorted(members.items())]
+    def begin(self, round: int, members: Mapping[str, bytes], sessions: Mapping[str, bytes] | None = None) -> RoundSum:
+        """Among these clients, by name with their public keys (32 bytes). Nothing is kept for their `sessions`."""
+        roster = roster_of(members)
         nonce = self.random(NONCE_BYTES).hex()
         return RoundSum(terms_of(self.job, self.shapes, roster, round, nonce), nonce, self.shapes)
+
+
+def roster_of(members: Mapping[str, bytes]) -> tuple[Member, ...]:
+    return tuple(Member(name=name, public_key=public.hex()) for name, public in sorted(members.items()))

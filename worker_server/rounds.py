@@ -14,12 +14,12 @@ that are there.
 A member whose update is refused has done its part: the round ends without that update, the member stays. Undoing the
 round would bring the same update again.
 
-Where updates are masked, a member's update is four messages in place of one (worker_server/masking.py). Each phase of
-the sum is collected as updates are, with the same deadline: `updates` holds the phase's messages. Once members were
-asked to help unmask (`Bind`), who is in the sum is settled: the round may only be done again among the same (two sums
-of the same updates among different members differ by an update). So then a round that needs all of them waits until
-they are back; a round that does not, ends without the sum if too few are left to unmask it. Who dealt wrong shares is
-barred.
+Where updates are masked, a member's update is four messages in place of one (worker_server/masking.py), of a ring one,
+or two where that is to be made (worker_server/ring.py). Each phase of the sum is collected as updates are, with the
+same deadline: `updates` holds the phase's messages. Once members were asked to help unmask, or all inputs of a ring are
+there (`Bind`), who is in the sum is settled: the round may only be done again among the same (two sums of the same
+updates among different members differ by an update). So then a round that needs all of them waits until they are back;
+a round that does not, ends without the sum if too few are left to unmask it. Who dealt wrong shares is barred.
 
 How the steps of a round are trained is for the two kinds of it: in lockstep (worker_server/lockstep.py) or greedily
 (worker_server/greedy.py).
@@ -37,7 +37,7 @@ from shared.errors import AggregationError, PeerError, ShareError
 from shared.payload.messages import Mask
 from shared.wire.envelope import Frame
 from worker_server.deadlines import Deadlines, Kind
-from worker_server.masking import RoundSum, Sums
+from worker_server.ring import AnySum, AnySums
 from worker_server.sampling import drawn
 from worker_server.work import (
     Aggregate,
@@ -98,12 +98,12 @@ class Rounds(ABC):
         plan: Plan,
         round: int = 0,
         known: Iterable[str] = (),
-        sums: Sums | None = None,
+        sums: AnySums | None = None,
         bound: frozenset[str] = frozenset(),
     ) -> None:
         self.plan = plan
         self.sums = sums
-        self.sum: RoundSum | None = None
+        self.sum: AnySum | None = None
         self.bound = bound
         self.barred: set[str] = set()
         self.round = round
@@ -299,7 +299,10 @@ class Rounds(ABC):
         """Leave behind the members that missed a deadline."""
         if self.stage != "training":
             return []
-        return self._drop(self._late(now), now) or self._start(now)
+        late = tuple(self._late(now))
+        ends = bool(late) and self.sum is not None and self.sum.ends_with_late
+        goes_on = self._drop(late, now) or self._start(now)
+        return [Dismiss(late, late=True), *goes_on] if ends else goes_on
 
     def deadline(self) -> float | None:
         """When `tick` is next due."""
@@ -330,21 +333,24 @@ class Rounds(ABC):
         self.deadlines.record(self._collecting, self.update_times)
         if self.sum is not None and not self.sum.unmasking:
             return self._next_phase(self.sum)
+        return [self._aggregate()]
+
+    def _aggregate(self) -> Aggregate:
         self.stage = "aggregating"
         counted = (t for s, t in self.updates.items() if s in self.active and t.refused is None)
         if self.plan.sampled is not None:
             self.known |= {*self.active.values(), *(ticket.client for ticket in self.lobby.values())}
-        return [Aggregate(self.round, in_order(counted), tuple(sorted(self.known)), self.sum)]
+        return Aggregate(self.round, in_order(counted), tuple(sorted(self.known)), self.sum)
 
     @property
     def _collecting(self) -> Kind:
         """What `updates` holds."""
         return "update" if self.sum is None or self.sum.phase == 0 else "mask"
 
-    def _next_phase(self, sum: RoundSum) -> list[Instruction]:
+    def _next_phase(self, sum: AnySum) -> list[Instruction]:
         """Close this phase of the masked sum: those who are in the next are answered, the others wait for its end."""
         try:
-            bodies = sum.close()
+            bodies = sum.close(self.active.values())
         except AggregationError as error:
             return [SumFailed(self.round, error.message, self._bar(error)), *self._undo()]
         if self.bound and sum.unmasking and self.bound != set(sum.summed):
@@ -352,6 +358,12 @@ class Rounds(ABC):
                 SumFailed(self.round, "not everybody is in it who was when it was asked for before", ()),
                 *self._undo(),
             ]
+        settled: list[Instruction] = []
+        if sum.unmasking:
+            self.bound = frozenset(sum.summed)
+            settled.append(Bind(self.round, sum.summed))
+        if not bodies:
+            return [*settled, self._aggregate()]
         tickets = in_order(t for s, t in self.updates.items() if s in self.active)
         answers = tuple((t, bodies[t.client]) for t in tickets if t.client in bodies and t.refused is None)
         answered = {ticket.session for ticket, _ in answers}
@@ -361,10 +373,6 @@ class Rounds(ABC):
             for ticket in tickets
             if ticket.session not in answered
         }
-        settled: list[Instruction] = []
-        if sum.unmasking:
-            self.bound = frozenset(sum.summed)
-            settled.append(Bind(self.round, sum.summed))
         return [*settled, Relay(answers), *self._end_round()]
 
     def _bar(self, error: AggregationError) -> tuple[str, ...]:
@@ -447,5 +455,6 @@ class Rounds(ABC):
         self._reset()
         if self.sums is None:
             return [StartRound(self.round, answers)]
-        self.sum = self.sums.begin(self.round, {ticket.client: ticket.public for ticket in answers})
+        publics = {ticket.client: ticket.public for ticket in answers}
+        self.sum = self.sums.begin(self.round, publics, {ticket.client: ticket.session for ticket in answers})
         return [StartRound(self.round, answers, self.sum.announcement)]

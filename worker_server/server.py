@@ -39,6 +39,7 @@ from worker_server.no_trunk import NoTrunk
 from worker_server.plain_fedavg import PlainFedavg
 from worker_server.progress import Progress
 from worker_server.replicas import Place, Replicas, device_of, place_of
+from worker_server.ring import AnySums, Rings
 from worker_server.rounds import Plan, Rounds
 from worker_server.service import Service
 from worker_server.sessions import Sessions
@@ -162,7 +163,7 @@ class Server:
             if not self._stop.is_set():
                 self.service.run()
 
-    def _sums(self, shapes: Shapes, place: Place | None) -> Sums | None:
+    def _sums(self, shapes: Shapes, place: Place | None) -> AnySums | None:
         """Says how updates are masked, or why they are not. Raises JobError if there are too many values for it, or
         other replicas than the job says.
         """
@@ -180,7 +181,7 @@ class Server:
             )
         check_length(shapes)
         event(logger, "updates_masked", secure=self.job.secure)
-        return Sums(self.job, shapes)
+        return (Rings if self.job.secure == "ring" else Sums)(self.job, shapes)
 
     def _load_trunk(self, checkpoint: Checkpoint, plan: SplitPlan) -> Trunk:
         dtype, device = TRUNK_DTYPES[self.job.training.trunk_dtype], device_of(self.settings)
@@ -240,7 +241,7 @@ def make_rounds(
     round: int,
     place: Place | None = None,
     known: Iterable[str] = (),
-    sums: Sums | None = None,
+    sums: AnySums | None = None,
     bound: frozenset[str] = frozenset(),
 ) -> Rounds:
     """The state machine of the job's kind of training; one of several replicas begins with its share of the clients.

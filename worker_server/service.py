@@ -74,6 +74,8 @@ STOP_S = 600.0
 ADMISSIONS_S = 0.25
 # What a broker says to a server that it will not serve, however often it asks.
 FINAL = ("version", "wrong_side", "too_many_peers", "not_admitted", "revoked")
+DISMISSED = "round_undone", "the round lost more members than cohort.quorum allows, and begins anew"
+DISMISSED_LATE = "timed_out", "the round goes on without this client, which the others waited for in vain"
 
 logger = logging.getLogger(__name__)
 
@@ -353,10 +355,10 @@ class Service:
                 case Restore(round_):
                     event(logger, "round_undone", round=round_)
                     self.engine.submit(instruction)
-                case Dismiss(sessions):
-                    text = "the round lost more members than cohort.quorum allows, and begins anew"
+                case Dismiss(sessions, late):
+                    code, text = DISMISSED_LATE if late else DISMISSED
                     for session_id in sessions:
-                        self._end(session_id, "round_undone", text, time.monotonic())
+                        self._end(session_id, code, text, time.monotonic())
                 case _:
                     self.engine.submit(instruction)
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shared.payload.messages import SumOf
-from worker_server.masking import Next, RoundSum
+from worker_server.masking import Next
+from worker_server.ring import AnySum
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,17 @@ class Aggregate:
     round: int
     updates: tuple[Ticket, ...]
     clients: tuple[str, ...] = ()
-    sum: RoundSum | None = field(default=None, repr=False, compare=False)
+    sum: AnySum | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Dismiss:
-    """End these sessions: their round is undone. The clients come back and begin it anew."""
+    """End these sessions: their round is undone, or they are `late` and it goes on without them. The clients come back
+    and begin it anew, or the next.
+    """
 
     sessions: tuple[bytes, ...]
+    late: bool = False
 
 
 @dataclass(frozen=True)

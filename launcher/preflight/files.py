@@ -12,7 +12,7 @@ from shared.errors import FlglmError, KeyFileError
 from shared.identity import Identity, load_identity
 from shared.invitations import Invitation, load_invitation
 from shared.job import Job, load_job
-from shared.job.secure import why_off
+from shared.job.secure import seen_of, why_off
 
 # The clock of a machine that was set by hand may be off by this much, and nothing will go wrong.
 CLOCK_SLACK = timedelta(minutes=2)
@@ -115,7 +115,7 @@ def describe(job: Job) -> str:
 def check_updates(job: Job) -> Check:
     """What the server sees of the updates that clients hand in."""
     if (reason := why_off(job)) is None:
-        return ok("updates", f"masked ({job.secure}): the server sees their sum alone")
+        return ok("updates", f"masked ({job.secure}): {seen_of(job)}")
     if not job.handed_in:
         return ok("updates", reason)
     return warn("updates", reason, "three clients or more, and aggregation.secure=null or secagg, hide them in a sum")

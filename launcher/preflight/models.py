@@ -130,7 +130,8 @@ def round_traffic(checkpoint: Checkpoint, job: Job, plan: SplitPlan) -> tuple[in
     """The most bytes of tensors that one client sends and gets in a round; seals and headers add little.
 
     Up go the update, hidden states and gradients of batches of full length; down come averages with what the
-    aggregation adds to them, hidden states, and gradients where the head is trained. Raises JobError.
+    aggregation adds to them, hidden states, and gradients where the head is trained. A ring (aggregation.secure) that
+    loses members while it sums has the others send their updates again. Raises JobError.
     """
     handed_in = count(checkpoint, job, plan, job.handed_in)[1]
     wire = job.wire

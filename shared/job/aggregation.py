@@ -20,7 +20,9 @@ class AnyAggregation(Settings):
     drawn from the seed, and B alone is trained ("freeze_a": FFA-LoRA, arXiv 2403.12313).
     `secure`: whether the server sees the sum of the clients' updates of head and tail alone (SecAgg, Bonawitz et al.,
     CCS 2017; SecAgg+, Bell et al., CCS 2020), or each of them (off). null: SecAgg wherever that hides anything, which
-    takes rounds of three clients; `Job.secure` is what follows.
+    takes rounds of three clients; `Job.secure` is what follows. ring (after ACCESS-FL, Nguyen et al., arXiv 2409.01722,
+    and CESA, arXiv 2405.01144) is for groups that hardly change: one request a sum in place of four, for less: two
+    members and the server together can unmask a third, and whoever is lost while a sum is made costs the others it.
     `personal`: parts that are trained and never leave their client: the tail (FedPer, Arivazhagan et al., arXiv
     1912.00818, section 3: personalization layers over shared ones) or the head (LG-FedAvg, Liang et al., arXiv
     2001.01523, section 3: local representations under a shared model).
@@ -33,7 +35,7 @@ class AnyAggregation(Settings):
     max_update_norm: Annotated[float, Field(gt=0)] | None = None
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     lora: Literal["average", "exact", "freeze_a"] = "average"
-    secure: Literal["secagg", "secagg+", "off"] | None = None
+    secure: Literal["secagg", "secagg+", "ring", "off"] | None = None
 
     @field_validator("secure", mode="before")
     @classmethod

@@ -245,6 +245,13 @@ def _secure(job: "Job") -> Iterator[str]:
             f"wire.update={job.wire.update}, wire.update_density={job.wire.update_density:g} send part of an update, "
             f"which {name} cannot mask: {see_all}"
         )
+    if job.secure == "ring":
+        if job.cohort.sampled is not None:
+            yield (
+                f"{name} is for groups that hardly change, and cohort.sampled={job.cohort.sampled} draws another each "
+                "round, with keys to agree on each time: set aggregation.secure=secagg or secagg+"
+            )
+        return
     neighbours, threshold = neighbourhood(job, members)
     if job.cohort.replicas == 1 and neighbours == members - 1 and needed <= threshold:
         yield (

@@ -11,7 +11,7 @@ from shared.secure_aggregation.terms import MIN_CLIENTS
 if TYPE_CHECKING:
     from shared.job.job import Job
 
-Secure = Literal["secagg", "secagg+", "off"]
+Secure = Literal["secagg", "secagg+", "ring", "off"]
 
 CLIP = 1024.0
 """What a masked update's values are clipped to, and that is counted. None goes so far in a round that is of any use."""
@@ -29,7 +29,7 @@ def secure_of(job: "Job") -> Secure:
 
 def why_off(job: "Job") -> str | None:
     """Why this job's updates are not masked, for people; None if they are."""
-    if job.aggregation.secure in ("secagg", "secagg+"):
+    if job.aggregation.secure in ("secagg", "secagg+", "ring"):
         return None
     if not job.handed_in:
         return "nothing of head and tail is trained, so no update leaves a client"
@@ -41,6 +41,15 @@ def why_off(job: "Job") -> str | None:
             "hides nothing, so the server sees every client's update"
         )
     return None
+
+
+def seen_of(job: "Job") -> str:
+    """What others see of updates that are masked, for people: what the job's kind of sum promises, and no more."""
+    if job.secure == "ring":
+        return (
+            "the server sees their sum alone; with the help of the two members next to a client in the ring, its update"
+        )
+    return "the server sees their sum alone"
 
 
 def neighbourhood(job: "Job", members: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@
     Release    the stream is over
     Update     head and tail after the round
                                              RoundStart (next round), or Finished
-    Mask       in place of Update where updates are masked: four times, each a step of the secure sum
+    Mask       in place of Update where updates are masked: four times, each a step of the secure sum (a ring: once)
                                              Masking (the next step), at last RoundStart or Finished
     Leave
                                              Refusal    in place of any answer
@@ -40,6 +40,10 @@ from shared.secure_aggregation.messages import (
     KeyList,
     MaskedInput,
     RelayedShares,
+    RingInput,
+    RingKey,
+    RingKeys,
+    RingRound,
     ShareKeys,
     Unmask,
     UnmaskRequest,
@@ -95,10 +99,15 @@ class Join(Message):
 
 
 class SumOf(Message):
-    """Whose updates the round's masked sum is of, by name, and 32 random bytes that no other try at it has."""
+    """Whose updates the round's masked sum is of, by name, and 32 random bytes that no other try at it has.
+
+    Of a ring: its members and its nonce, the same for as long as it stays; and `ring`, the sum's number and those of
+    the ring whose updates it is of. None: the ring is to be made, and its first sum is number 0, of all who are in it.
+    """
 
     members: Annotated[tuple[Member, ...], Field(min_length=MIN_CLIENTS, max_length=MAX_CLIENTS)]
     nonce: Hex
+    ring: RingRound | None = None
 
 
 class RoundStart(WithPieces):
@@ -200,9 +209,10 @@ class Objection(Message):
 
 
 class Mask(Message):
-    """A client's next step in the masked sum of `round`; with MaskedInput, its frame of words follows.
+    """A client's next step in the masked sum of `round`; with MaskedInput or RingInput, its frame of words follows.
 
-    `weight`: what the client's own adapter in the trunk is weighted by, where it has one (0: it has none). It is no
+    `weight`: what the client's own adapter in the trunk is weighted by, where it has one (0: it has none); with
+    AdvertiseKeys or RingInput. It is no
     news to the server, which is told with every Forward how many tokens count.
     """
 
@@ -210,15 +220,19 @@ class Mask(Message):
     request: RequestId
     round: Count
     weight: Annotated[int, Field(ge=0, le=MAX_WEIGHT)] = 0
-    body: Annotated[AdvertiseKeys | ShareKeys | MaskedInput | Objection | Unmask, Field(discriminator="type")]
+    body: Annotated[
+        AdvertiseKeys | ShareKeys | MaskedInput | Objection | Unmask | RingKey | RingInput, Field(discriminator="type")
+    ]
 
 
 class Masking(Message):
-    """The server's answer to a Mask, when everybody's is there, or will not come."""
+    """The server's answer to a Mask, when everybody's is there, or will not come. RingRound: the sum before lacks
+    members, and is done again without them.
+    """
 
     type: Literal["masking"] = "masking"
     request: RequestId
-    body: Annotated[KeyList | RelayedShares | UnmaskRequest, Field(discriminator="type")]
+    body: Annotated[KeyList | RelayedShares | UnmaskRequest | RingKeys | RingRound, Field(discriminator="type")]
 
 
 class Finished(WithPieces):
@@ -255,7 +269,7 @@ def frames_of(message: Message) -> int:
     """How many frames follow the message."""
     if isinstance(message, WithTensors):
         return len(message.tensors) + len(message.pieces if isinstance(message, WithPieces) else ())
-    return int(isinstance(message, Mask) and isinstance(message.body, MaskedInput))
+    return int(isinstance(message, Mask) and isinstance(message.body, MaskedInput | RingInput))
 
 
 def pack(message: Message, tensors: Sequence[Frame] = ()) -> list[Frame]:

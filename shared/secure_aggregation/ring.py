@@ -6,8 +6,9 @@ the one after it on a circle, and masks with the two, without self-masks and sec
     y_u = x_u + PRG(s_u,next) - PRG(s_previous,u)      modulo 2^bits
 
 Keys are advertised once for as long as the group stays; a mask's key follows from the pair's secret, the number of
-the sum and its members. If a member is missing, the sum comes to nothing (TooFewLeft) and is done again, under
-another number, without it: no secret is ever given out, so the input of one that was late stays masked.
+the sum and its members. If a member is missing, the sum comes to nothing (TooFewLeft) and is done again, under another
+number, without it. No secret is ever given out; but if the input of one that was late is opened after all, the two sums
+differ by it. So who calls must see to it that what comes late is never read (docs/adr/0024-a-ring-in-the-rounds.md).
 
 **Honest-but-curious only, and less than SecAgg promises.** The two neighbours of a client, together with the server,
 can unmask it: they know both its masks. A server that lies about who is there gets the same update summed among

@@ -104,7 +104,7 @@ def test_replicas_mask_each_among_its_own_clients(model: Path, tmp_path: Path) -
     values["cohort"]["replicas"] = 2
     sites = [site(tmp_path, name, 8, seed) for seed, name in enumerate("abcdef")]
     found = {}
-    for secure in ("secagg", "off"):
+    for secure in ("secagg", "ring", "off"):
         job = parse_job(values | {"aggregation": {"type": "fedavg", "secure": secure}}, "job")
         local_run.train_together(job, sites, tmp_path / secure, replicas=2)
         state = tmp_path / secure / "server-state"
@@ -115,3 +115,4 @@ def test_replicas_mask_each_among_its_own_clients(model: Path, tmp_path: Path) -
     assert found["secagg"].keys() == found["off"].keys()
     for name, value in found["off"].items():
         torch.testing.assert_close(found["secagg"][name], value, rtol=1e-4, atol=1e-7)
+        assert torch.equal(found["ring"][name], found["secagg"][name])

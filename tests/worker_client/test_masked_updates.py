@@ -12,7 +12,7 @@ from shared.identity import Identity, create_identity, generate_identity
 from shared.job import Job, parse_job
 from shared.masked_updates import check_length
 from shared.payload.messages import SumOf
-from shared.secure_aggregation.terms import Member
+from shared.secure_aggregation.terms import Member, Terms
 from worker_client.masking import MaskedUpdates, _append, _lines, fingerprint
 from worker_client.policy import Policy, check_job, load_policy
 from worker_client.remote_trunk import Boundary
@@ -43,7 +43,7 @@ def test_terms_follow_from_job_members_round_and_nonce(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     updates = masked(tmp_path, events=events)
     terms = updates.terms(start(*members()))
-    assert terms is not None
+    assert isinstance(terms, Terms)
     assert (terms.length, terms.neighbours, terms.threshold) == (6, 3, 2)
     others = [updates.terms(start(*members(), round=1)), updates.terms(start(*members(), nonce="6" * 64))]
     labels = {each.label for each in (terms, *others) if each is not None}
