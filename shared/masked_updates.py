@@ -52,6 +52,8 @@ def terms_of(job: Job, shapes: Shapes, members: Sequence[Member], round: int, no
     label = hashlib.sha256(b"flglm round\0" + job.digest() + round.to_bytes(8) + bytes.fromhex(nonce)).hexdigest()
     weight = {"tokens": min(MAX_WEIGHT, most_tokens(job)), "rows": MAX_WEIGHT, "clients": 1}[job.rounds.weighting]
     neighbours, threshold = neighbourhood(job, max(2, len(members)))
+    group = job.aggregation.group_key is not None
+    shift = (len(members) - 1).bit_length() if group else 0
     try:
         return Terms(
             label=label,
@@ -60,7 +62,8 @@ def terms_of(job: Job, shapes: Shapes, members: Sequence[Member], round: int, no
             clip=CLIP,
             max_weight=weight,
             # What 64-bit words always give, if every weight were the smallest.
-            largest_error=max(LARGEST_ERROR, len(members) * weight * CLIP * 2.0**-62),
+            largest_error=max(LARGEST_ERROR, len(members) * weight * CLIP * 2.0 ** (shift - 62)),
+            group_key=group,
             neighbours=neighbours,
             threshold=threshold,
         )
@@ -72,6 +75,12 @@ def flat_difference(start: Mapping[str, Tensor], values: Mapping[str, Tensor]) -
     """`values` less `start`, float32 (length,)."""
     pieces = [(values[name].detach().float() - start[name].float()).flatten().cpu() for name in sorted(start)]
     vector: Floats = torch.cat(pieces).numpy()
+    return vector
+
+
+def flat(values: Mapping[str, Tensor]) -> Floats:
+    """All values, float32 (length,)."""
+    vector: Floats = torch.cat([values[name].detach().float().flatten().cpu() for name in sorted(values)]).numpy()
     return vector
 
 

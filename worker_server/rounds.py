@@ -21,6 +21,10 @@ of the same updates among different members differ by an update). So then a roun
 they are back; a round that does not, ends without the sum if too few are left to unmask it. Who dealt wrong shares is
 barred.
 
+Under a group's key the server cannot read the sum once the masks are off (`uncovered`). It asks one of those in it, the
+first by name, to open it and seal the averages for all; if that one leaves or is late, the next, and so on. With nobody
+left to ask the round is done again, or ends without its sum, as above; without it, too, where it did not open for one.
+
 How the steps of a round are trained is for the two kinds of it: in lockstep (worker_server/lockstep.py) or greedily
 (worker_server/greedy.py).
 
@@ -37,7 +41,7 @@ from shared.errors import AggregationError, PeerError, ShareError
 from shared.payload.messages import Mask
 from shared.wire.envelope import Frame
 from worker_server.deadlines import Deadlines, Kind
-from worker_server.masking import RoundSum, Sums
+from worker_server.masking import OPENING, RoundSum, Sums
 from worker_server.sampling import drawn
 from worker_server.work import (
     Aggregate,
@@ -263,6 +267,13 @@ class Rounds(ABC):
         self._backward_done(cohort)
         return self._go_on(now)
 
+    def uncovered(self, now: float) -> list[Instruction]:
+        """The masks are off the sum but for the group's."""
+        assert self.sum is not None
+        self.sum.close()
+        self.stage = "training"
+        return self._ask_to_open(self.sum, now)
+
     def aggregation_done(self, failure: AggregationError | None = None) -> list[Instruction]:
         """`failure`: why there was no sum, if it could not be unmasked: nobody's update counted."""
         self.last_members = self.known | {ticket.client for ticket in self.updates.values()}
@@ -322,14 +333,19 @@ class Rounds(ABC):
         if self.updating_since is None:
             self.updating_since = now
         self.update_times.append(now - self.updating_since)
-        return self._end_round()
+        return self._end_round(now)
 
-    def _end_round(self) -> list[Instruction]:
+    def _end_round(self, now: float) -> list[Instruction]:
         if self.stage != "training" or not self.active.keys() <= self.updates.keys():
             return []
         self.deadlines.record(self._collecting, self.update_times)
         if self.sum is not None and not self.sum.unmasking:
-            return self._next_phase(self.sum)
+            return self._next_phase(self.sum, now)
+        if self.sum is not None and self.sum.to_open:
+            return self._ask_to_open(self.sum, now)
+        return self._aggregate()
+
+    def _aggregate(self) -> list[Instruction]:
         self.stage = "aggregating"
         counted = (t for s, t in self.updates.items() if s in self.active and t.refused is None)
         if self.plan.sampled is not None:
@@ -339,9 +355,25 @@ class Rounds(ABC):
     @property
     def _collecting(self) -> Kind:
         """What `updates` holds."""
-        return "update" if self.sum is None or self.sum.phase == 0 else "mask"
+        if self.sum is None or self.sum.phase == 0:
+            return "update"
+        return "open" if self.sum.phase == OPENING else "mask"
 
-    def _next_phase(self, sum: RoundSum) -> list[Instruction]:
+    def _ask_to_open(self, sum: RoundSum, now: float) -> list[Instruction]:
+        """What is due next is one member's, whose request is answered; all others wait."""
+        openers = sum.openers()
+        able = in_order(t for s, t in self.updates.items() if s in self.active and t.client in openers)
+        if able:
+            del self.updates[able[0].session]
+            self.updating_since, self.update_times = now, []
+            body, words = sum.ask(able[0].client)
+            return [Relay(((able[0], body),), (words,))]
+        if not sum.unopened and self.plan.needed >= len(sum.summed):
+            return self._undo()
+        sum.give_up()
+        return self._aggregate()
+
+    def _next_phase(self, sum: RoundSum, now: float) -> list[Instruction]:
         """Close this phase of the masked sum: those who are in the next are answered, the others wait for its end."""
         try:
             bodies = sum.close()
@@ -360,7 +392,7 @@ class Rounds(ABC):
         if sum.unmasking:
             self.bound = frozenset(sum.summed)
             settled.append(Bind(self.round, sum.summed))
-        return [*settled, Relay(answers), *self._end_round()]
+        return [*settled, Relay(answers), *self._end_round(now)]
 
     def _bar(self, error: AggregationError) -> tuple[str, ...]:
         """Whoever is known to have dealt, or handed on, wrong shares. Who is only missing is not."""
@@ -374,6 +406,8 @@ class Rounds(ABC):
         """How many members the round goes on with."""
         if self.sum is None:
             return self.plan.needed
+        if self.sum.phase == OPENING:
+            return 0  # one is enough, and without one _ask_to_open knows what is next
         if self.sum.unmasking and self.plan.needed < len(self.sum.summed):
             return 0  # it ends in any case: with the sum, or without
         return max(self.plan.needed, self.sum.needed)
@@ -387,7 +421,7 @@ class Rounds(ABC):
             self._forget(session)
         if len(self.active) < self._needed:
             return self._undo()
-        return self._end_round() or self._start(now)
+        return self._end_round(now) or self._start(now)
 
     def _undo(self) -> list[Instruction]:
         self.stage = "undoing"

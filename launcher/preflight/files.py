@@ -115,7 +115,8 @@ def describe(job: Job) -> str:
 def check_updates(job: Job) -> Check:
     """What the server sees of the updates that clients hand in."""
     if (reason := why_off(job)) is None:
-        return ok("updates", f"masked ({job.secure}): the server sees their sum alone")
+        sees = "not even their sum" if job.aggregation.group_key is not None else "their sum alone"
+        return ok("updates", f"masked ({job.secure}): the server sees {sees}")
     if not job.handed_in:
         return ok("updates", reason)
     return warn("updates", reason, "three clients or more, and aggregation.secure=null or secagg, hide them in a sum")
