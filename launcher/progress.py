@@ -103,7 +103,8 @@ def _data_line(event: dict[str, Any]) -> str:
 def _updates_line(event: dict[str, Any]) -> str:
     if event["secure"] == "off":
         return f"updates are not masked: {event['why_off']}"
-    return f"updates are masked ({event['secure']}): the server sees their sum alone"
+    sees = "not even their sum" if event["group_key"] else "their sum alone"
+    return f"updates are masked ({event['secure']}): the server sees {sees}"
 
 
 _LEFT_OUT = {

@@ -156,7 +156,8 @@ def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, repor
             "total_steps": job.total_steps,
         }
     )
-    report({"event": "updates", "handed_in": bool(job.handed_in), "secure": job.secure, "why_off": why_off(job)})
+    masked = {"secure": job.secure, "group_key": job.aggregation.group_key is not None, "why_off": why_off(job)}
+    report({"event": "updates", "handed_in": bool(job.handed_in), **masked})
     return Site(
         job,
         load_client_parts(checkpoint, job),

@@ -169,7 +169,7 @@ class Server:
                 event(logger, "updates_not_masked", level=logging.WARNING, reason=why_off(self.job))
             return None
         check_length(shapes)
-        event(logger, "updates_masked", secure=self.job.secure)
+        event(logger, "updates_masked", secure=self.job.secure, group_key=self.job.aggregation.group_key is not None)
         return Sums(self.job, shapes)
 
     def _load_trunk(self, checkpoint: Checkpoint, plan: SplitPlan) -> Trunk:
