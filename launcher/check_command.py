@@ -20,6 +20,7 @@ from rich.text import Text
 
 from launcher.client_options import (
     DataOption,
+    GroupKeyOption,
     InviteOption,
     LedgerOption,
     ModelOption,
@@ -123,6 +124,7 @@ def check_client(
     model: ModelOption = None,
     policy: PolicyOption = None,
     privacy_ledger: LedgerOption = None,
+    group_key: GroupKeyOption = None,
     job: Annotated[
         Path | None, typer.Option("--job", help="a copy of the job file, for when the server is not there yet")
     ] = None,
@@ -143,6 +145,7 @@ def check_client(
         model=model,
         policy=policy,
         privacy_ledger=privacy_ledger,
+        group_key=group_key,
         job=job,
         digest=digest,
         timeout_s=connect_timeout,

@@ -13,6 +13,9 @@ PolicyOption = Annotated[Path | None, typer.Option("--policy", help="what this s
 LedgerOption = Annotated[
     Path | None, typer.Option("--privacy-ledger", help="what jobs spent of the rows' privacy; by default beside --data")
 ]
+GroupKeyOption = Annotated[
+    Path | None, typer.Option("--group-key", help="the data owners' common key, for a job with aggregation.group_key")
+]
 ValidationFractionOption = Annotated[
     float, typer.Option("--validation-fraction", min=0, max=0.9, help="held out of --data, without --validation")
 ]

@@ -22,7 +22,9 @@ from shared.errors import DeadlineExceeded
 from shared.identity import Identity, create_identity, load_identity
 from shared.job import Job
 from shared.model.checkpoint import checkpoint_of
+from shared.secure_aggregation.group_key import GroupKey
 from shared.wire.curve import Door
+from worker_client.client import group_of
 from worker_client.data import Row
 from worker_client.head_tail import HeadTail, load_client_parts
 from worker_client.link import Link
@@ -46,13 +48,14 @@ JOIN_S = 600.0
 class Site:
     """A client's rows. `trunk`: what makes its remote trunk, for a client that does not do as it should.
 
-    `max_epsilon`: what a private job may cost it, at the job's delta.
+    `max_epsilon`: what a private job may cost it, at the job's delta. `group_key`: that of a job which has one.
     """
 
     train: Sequence[Row]
     validation: Sequence[Row] = ()
     trunk: Callable[[Link, Job, HeadTail, float], RemoteTrunk] = trunk_of
     max_epsilon: float | None = None
+    group_key: GroupKey | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,9 @@ def train_one(running: Serving, name: str, site: Site, folder: Path, report: Rep
         if report is not None:
             report(event)
 
-    parts = load_client_parts(checkpoint_of(running.job), running.job)
+    checkpoint = checkpoint_of(running.job)
+    parts = load_client_parts(checkpoint, running.job)
+    group = group_of(running.job, checkpoint, site.group_key)
     protection = None
     if running.job.privacy.type != "none":
         rows = hashlib.sha256(repr(site.train).encode()).hexdigest()
@@ -163,7 +168,9 @@ def train_one(running: Serving, name: str, site: Site, folder: Path, report: Rep
     with running.link(name) as link:
         trunk = site.trunk(link, running.job, parts, JOIN_S)
         out = folder / name
-        Training(running.job, parts, trunk, site.train, site.validation, out, heard, protection=protection).run()
+        Training(
+            running.job, parts, trunk, site.train, site.validation, out, heard, protection=protection, group=group
+        ).run()
     return Outcome(events, parts)
 
 

@@ -10,6 +10,8 @@ from pydantic import ValidationError
 from launcher.output import Format, FormatOption, succeed
 from shared.allow_list import admit, revoke
 from shared.errors import UsageError
+from shared.group_keys import create_group_key
+from shared.group_keys import fingerprint as group_fingerprint
 from shared.identity import Identity, create_identity, fingerprint, load_card
 from shared.invitations import BrokerAt, Invitation, load_invitation, new_id, write_invitation
 from shared.job import load_job
@@ -58,6 +60,20 @@ def show_card(card: Annotated[Path, typer.Argument(help="a .card file")], format
     """Show whose card this is, with its fingerprint."""
     shown = load_card(card)
     succeed(format, f"{shown.name}  {shown.fingerprint}", {"name": shown.name, "fingerprint": shown.fingerprint})
+
+
+def new_group_key(
+    out: Annotated[Path, typer.Option("--out", help="the key file to write")] = Path("group.key"),
+    format: FormatOption = Format.TXT,
+) -> None:
+    """Make a key that the data owners of a job share, so that its server sees neither sums nor averages."""
+    mark = group_fingerprint(create_group_key(out))
+    succeed(
+        format,
+        f"group key    {out}   (for the other data owners alone: never through the server or its operator)\n"
+        f"in the job   aggregation: {{group_key: {mark}}}",
+        {"key": str(out), "fingerprint": mark},
+    )
 
 
 def admit_card(

@@ -12,6 +12,7 @@ import typer
 
 from launcher.client_options import (
     DataOption,
+    GroupKeyOption,
     InviteOption,
     LedgerOption,
     ModelOption,
@@ -180,6 +181,7 @@ def client_train(
     model: ModelOption = None,
     policy: PolicyOption = None,
     privacy_ledger: LedgerOption = None,
+    group_key: GroupKeyOption = None,
     connect_timeout: Annotated[
         float, typer.Option("--connect-timeout", min=0.1, help="seconds to wait for broker and server")
     ] = 30.0,
@@ -209,6 +211,7 @@ def client_train(
         reconnect_s=reconnect,
         policy=Policy() if policy is None else load_policy(policy),
         privacy_ledger=privacy_ledger,
+        group_key=group_key,
     )
     _on_signals(_interrupt)
     with ClientProgress(enabled=format is Format.TXT) as progress:

@@ -68,6 +68,8 @@ def ring_terms_of(job: Job, shapes: Shapes, members: Sequence[Member], nonce: st
 
 
 def _of_any_sum(job: Job, shapes: Shapes, members: Sequence[Member]) -> dict[str, Any]:
+    group = job.aggregation.group_key is not None
+    shift = (len(members) - 1).bit_length() if group else 0
     weight = {"tokens": min(MAX_WEIGHT, most_tokens(job)), "rows": MAX_WEIGHT, "clients": 1}[job.rounds.weighting]
     return {
         "members": tuple(members),
@@ -75,7 +77,8 @@ def _of_any_sum(job: Job, shapes: Shapes, members: Sequence[Member]) -> dict[str
         "clip": CLIP,
         "max_weight": weight,
         # What 64-bit words always give, if every weight were the smallest.
-        "largest_error": max(LARGEST_ERROR, len(members) * weight * CLIP * 2.0**-62),
+        "largest_error": max(LARGEST_ERROR, len(members) * weight * CLIP * 2.0 ** (shift - 62)),
+        "group_key": group,
     }
 
 
@@ -87,6 +90,12 @@ def flat_difference(start: Mapping[str, Tensor], values: Mapping[str, Tensor]) -
     """`values` less `start`, float32 (length,)."""
     pieces = [(values[name].detach().float() - start[name].float()).flatten().cpu() for name in sorted(start)]
     vector: Floats = torch.cat(pieces).numpy()
+    return vector
+
+
+def flat(values: Mapping[str, Tensor]) -> Floats:
+    """All values, float32 (length,)."""
+    vector: Floats = torch.cat([values[name].detach().float().flatten().cpu() for name in sorted(values)]).numpy()
     return vector
 
 

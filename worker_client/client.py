@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from shared import state_files
 from shared.errors import ConnectionFailed, HandshakeError, ModelError, Refused
+from shared.group_keys import group_key_for
 from shared.identity import Identity
 from shared.invitations import Invitation
 from shared.job import Job, parse_job
@@ -20,8 +21,12 @@ from shared.job.secure import seen_of, why_off
 from shared.model.checkpoint import Checkpoint, Fingerprint, checkpoint_of
 from shared.model.families import context_length
 from shared.model.methods import longest_row
+from shared.model.plan import SplitPlan
+from shared.model.trainable import initial_values
 from shared.payload.messages import RESIDUAL, Welcome
+from shared.secure_aggregation.group_key import GroupKey
 from worker_client.data import LoadedRows, Row, load_rows, split_validation
+from worker_client.group import Group
 from worker_client.head_tail import NO_SCORE, HeadTail, Score, load_client_parts
 from worker_client.link import Link
 from worker_client.local_trunk import trunk_of
@@ -48,6 +53,7 @@ class ClientSettings:
     `model`: this site's copy of the model, if it is not where the job says. `validation_fraction` of the rows are held
     out unless `validation` names a file of its own. `policy`: what this site accepts. `reconnect_s`: how long to try to
     get back when a connection broke. `privacy_ledger`: where what jobs spend is kept, by default beside the rows.
+    `group_key`: the file of the data owners' common key, which a job with aggregation.group_key needs.
     """
 
     data: Path
@@ -60,6 +66,7 @@ class ClientSettings:
     reconnect_s: float = 600.0
     policy: Policy = ACCEPT_ALL
     privacy_ledger: Path | None = None
+    group_key: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,7 @@ class Site:
     validation: tuple[Row, ...]
     roster: Roster | None = None
     ledger: Ledger | None = None
+    group: Group | None = None
 
     def train(self, link: Link, out: Path, report: Report) -> Score | None:
         """Through one link, from the newest checkpoint in `out` to the end of the job."""
@@ -128,13 +136,14 @@ class Site:
         trunk = trunk_of(link, self.job, self.parts, timeout_s)
         protection = None if self.ledger is None else Protection(self.job, self.ledger, report)
         return Training(
-            self.job, self.parts, trunk, self.rows, self.validation, out, report, self.roster, protection
+            self.job, self.parts, trunk, self.rows, self.validation, out, report, self.roster, protection, self.group
         ).run()
 
 
 def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, report: Report) -> Site:
-    """Agree on job and model, then read the rows."""
+    """Agree on job, group and model, then read the rows."""
     job, checkpoint = agree(link, invitation, settings.policy, settings.model)
+    key = group_key_for(job, settings.group_key)
     rows, validation, loaded = _rows(settings, job, checkpoint)
     report(
         {
@@ -156,7 +165,16 @@ def _prepare(settings: ClientSettings, invitation: Invitation, link: Link, repor
         validation,
         settings.policy.names(),
         ledger_of(settings.data, settings.privacy_ledger, settings.policy, job),
+        group_of(job, checkpoint, key),
     )
+
+
+def group_of(job: Job, checkpoint: Checkpoint, key: GroupKey | None) -> Group | None:
+    """What a client needs under a group's key; None without one."""
+    if key is None:
+        return None
+    plan = SplitPlan(job.split.head_blocks, job.split.tail_blocks, checkpoint.config.num_hidden_layers)
+    return Group(job, key, lambda: initial_values(checkpoint, plan, job))
 
 
 def ledger_of(data: Path, ledger: Path | None, policy: Policy, job: Job) -> Ledger | None:

@@ -7,6 +7,8 @@ Everything else in the terms follows from the job.
 Two sums of one round's updates among different members differ by an update. So what a client once helped to unmask is
 kept on disk, flushed before its shares leave, and no other sum of that round is helped with. In a ring
 (worker_client/ring.py) it learns that a sum was seen when it is told what came of it.
+
+Under a group's key one client is asked last to open the sum for all (worker_client/group.py).
 """
 
 import base64
@@ -34,7 +36,8 @@ from shared.secure_aggregation.client import Client
 from shared.secure_aggregation.fixed_point import Floats
 from shared.secure_aggregation.messages import KeyList, RelayedShares, UnmaskRequest
 from shared.secure_aggregation.terms import Member, RingTerms, SumTerms, Terms
-from worker_client.remote_trunk import Boundary, RemoteTrunk
+from worker_client.group import Group
+from worker_client.remote_trunk import Boundary, GroupWords, RemoteTrunk
 from worker_client.ring import RingPlace
 from worker_client.steps import Report
 
@@ -55,6 +58,7 @@ class MaskedUpdates:
     folder: Path
     report: Report
     roster: Roster | None = None
+    group: Group | None = None
     known: dict[str, str] = field(init=False)
     """Public keys of all members so far, in hexadecimal, by name."""
     shown: str = field(init=False, default="")
@@ -107,7 +111,7 @@ class MaskedUpdates:
             self.report({"event": "update_clipped", "round": round, "values": clipped, "to": terms.encoding.clip})
         told = weight if self.job.cohort.adapters == "per_client" else 0
         if isinstance(terms, Terms):
-            boundary = self._phases(trunk, Client(terms, self.identity), terms, round, told, (vector, weight))
+            boundary = self._in_phases(trunk, terms, round, told, (vector, weight), start)
         else:
             assert self.place is not None
             boundary = self.place.hand_in(trunk, round, told, (vector, weight), partial(self._refuse_other, round))
@@ -128,10 +132,32 @@ class MaskedUpdates:
         place.asked = announced.ring
         return place.terms
 
+    def _in_phases(
+        self,
+        trunk: RemoteTrunk,
+        terms: Terms,
+        round: int,
+        told: int,
+        update: tuple[Floats, int],
+        start: Mapping[str, Tensor],
+    ) -> Boundary:
+        client = Client(terms, self.identity, group=None if self.group is None else self.group.key)
+        boundary = self._phases(trunk, client, terms, round, told, update)
+        if not isinstance(boundary, GroupWords):
+            return boundary
+        assert self.group is not None
+        body, frames = self.group.open_sum(client, boundary, terms, round, start, self.report)
+        last = trunk.mask(round, body, Boundary, frames)
+        assert isinstance(last, Boundary)
+        return last
+
     def _phases(
         self, trunk: RemoteTrunk, client: Client, terms: Terms, round: int, told: int, update: tuple[Floats, int]
-    ) -> Boundary:
-        """Whoever is left out of the sum is told so, with the next round's beginning, in place of a phase's answer."""
+    ) -> Boundary | GroupWords:
+        """Whoever is left out of the sum is told so, with the next round's beginning, in place of a phase's answer.
+
+        Under a group's key it may end with a sum to open.
+        """
         keys = trunk.mask(round, client.advertise_keys(), KeyList, weight=told)
         if isinstance(keys, Boundary):
             return keys
@@ -146,16 +172,12 @@ class MaskedUpdates:
         if isinstance(request, Boundary):
             return request
         self._settle(round, [terms.name(number) for number in client.in_sum(request)])
-        last = trunk.mask(round, client.unmask(request), Boundary)
-        assert isinstance(last, Boundary)
-        return last
+        return trunk.mask(round, client.unmask(request), Boundary if self.group is None else GroupWords)
 
     def _object(self, trunk: RemoteTrunk, terms: Terms, round: int, error: ShareError) -> Boundary:
         self.report({"event": "shares_refused", "round": round, "reason": error.message})
         number = next(n for n, member in enumerate(terms.members) if member.name in error.clients)
-        answer = trunk.mask(round, Objection(client=number), Boundary)
-        assert isinstance(answer, Boundary)
-        return answer
+        return trunk.mask(round, Objection(client=number), Boundary)
 
     def _check(self, members: Sequence[Member]) -> None:
         names = {member.name: member.public_key for member in members}

@@ -25,11 +25,13 @@ from shared.payload.messages import (
     Message,
     Release,
     RoundStart,
+    Sealed,
     SumOf,
     Update,
 )
 from shared.payload.pieces import Piece
 from shared.payload.tensors import decode, encode
+from shared.secure_aggregation.messages import GroupSum
 from shared.wire.envelope import Frame
 from worker_client.batches import Batch
 from worker_client.link import Answer, Link
@@ -45,7 +47,7 @@ class Boundary:
     (FedEx-LoRA), if there are any yet. `refused`: why the update of the round before did not count, if so. `counted`:
     how many rounds were complete when an update of this client last did, None if the server cannot say. `sum`: among
     whom updates are masked, if they are. `pieces` with their `frames`: in place of averages, part of their difference
-    to what the round before began with.
+    to what the round before began with. `sealed` with its `box`: in place of averages, under a group's key.
     """
 
     round: int | None
@@ -58,6 +60,16 @@ class Boundary:
     sum: SumOf | None = None
     pieces: tuple[Piece, ...] = ()
     frames: Sequence[Frame] = ()
+    sealed: Sealed | None = None
+    box: Frame = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True)
+class GroupWords:
+    """A sum under a group's key, which this client is asked to open; the words in one frame."""
+
+    message: GroupSum
+    frame: Frame = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -118,9 +130,11 @@ class RemoteTrunk:
         answer = self._call(message, frames)
         if not isinstance(answer.message, Masking):
             return self._read_boundary(answer)
-        if not isinstance(answer.message.body, due):
-            raise SchemaError(f"the server answered with {answer.message.body.type}, out of turn")
-        return answer.message.body
+        step = answer.message.body
+        reply = GroupWords(step, answer.frames[0]) if isinstance(step, GroupSum) else step
+        if not isinstance(reply, due):
+            raise SchemaError(f"the server answered with {step.type}, out of turn")
+        return reply
 
     def send_forward(
         self,
@@ -198,13 +212,14 @@ class RemoteTrunk:
             info.name: decode(info, frame, dtype="float32")
             for info, frame in zip(reply.tensors, answer.frames, strict=False)
         }
-        pieces = answer.frames[len(reply.tensors) :]
+        rest = answer.frames[len(reply.tensors) :]
+        box = b"" if reply.sealed is None else rest[-1]
         control, residuals = (_under(prefix, tensors) for prefix in (CONTROL, RESIDUAL))
         averages = {name: value for name, value in tensors.items() if not name.startswith((CONTROL, RESIDUAL))}
         finished = isinstance(reply, Finished)
         round, members, sum = (None, 0, None) if finished else (reply.round, reply.members, reply.sum)
         told = averages, control, residuals, reply.refused, reply.counted, sum
-        return Boundary(round, members, *told, reply.pieces, pieces)
+        return Boundary(round, members, *told, reply.pieces, rest[: len(reply.pieces)], reply.sealed, box)
 
     def _call(self, message: Any, frames: Sequence[Frame]) -> Answer:
         return self.link.call(message, frames, timeout_s=self.round_timeout_s)

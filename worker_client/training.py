@@ -19,6 +19,7 @@ from worker_client.batches import pack_rows
 from worker_client.carried import Carried, carried_in
 from worker_client.data import Row
 from worker_client.drift import begin, next_control
+from worker_client.group import Group
 from worker_client.head_tail import NO_SCORE, HeadTail, Score
 from worker_client.masking import MaskedUpdates, Roster
 from worker_client.privacy.protection import Protection
@@ -40,7 +41,8 @@ class Training:
     """One client's run. `report` gets an event a step, an evaluation and a round: plain data, never text or tokens.
 
     `roster`: whom this client's owner knows to be a client of the job; None for whomever the server names.
-    `protection`: of a job with privacy, whose updates leave through it and not otherwise.
+    `protection`: of a job with privacy, whose updates leave through it and not otherwise. `group`: of a job with a
+    group's key, without which nothing is masked or read.
     """
 
     job: Job
@@ -52,6 +54,7 @@ class Training:
     report: Report
     roster: Roster | None = None
     protection: Protection | None = None
+    group: Group | None = None
     optimizer: PartOptimizer = field(init=False)
     completed: int = field(init=False, default=0)
     carried: Carried = field(init=False, default=Carried())
@@ -65,13 +68,15 @@ class Training:
 
     def __post_init__(self) -> None:
         assert (self.protection is None) == (self.job.privacy.type == "none")
+        assert (self.group is None) == (self.job.aggregation.group_key is None)
         self.optimizer = self._fresh_optimizer()
 
     def run(self) -> Score | None:
         """Train until the job is finished; the joint model's score on the validation rows, if there are any."""
         self._resume()
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parts.shared.items()}
-        masked = MaskedUpdates(self.job, self.trunk.link.identity, shapes, self.out, self.report, self.roster)
+        identity = self.trunk.link.identity
+        masked = MaskedUpdates(self.job, identity, shapes, self.out, self.report, self.roster, self.group)
         if self.protection is not None:
             self.protection.resume(self.completed)
         boundary = self.trunk.join(len(self.rows))
@@ -193,6 +198,8 @@ class Training:
         do not fit, SchemaError if it is a difference to what this client does not hold.
         """
         expected = {name: parameter.shape for name, parameter in self.parts.shared.items()}
+        if self.group is not None:
+            boundary = self.group.opened(boundary, expected)
         for values in (boundary.averages, boundary.control):
             if values and {name: value.shape for name, value in values.items()} != expected:
                 raise TensorError("the server's averages do not fit this client's parts")

@@ -7,7 +7,8 @@ deviation one could (Leys et al. 2013, Journal of Experimental Social Psychology
 A member's time is how long after the first member's request for the same thing its own came. Things of a kind are held
 together: the first hidden states of a round (clients may evaluate before), other hidden states, gradients, updates (or
 the first message of their masked sum), the later messages of such a sum. Who was left behind counts with the time that
-he was waited for; so a deadline that lets go of too many grows again.
+he was waited for; so a deadline that lets go of too many grows again. Who opens a sum alone, under a group's key, has
+no others to be measured against, but the limit.
 """
 
 from collections import deque
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Literal
 
-Kind = Literal["first", "forward", "backward", "update", "mask"]
+Kind = Literal["first", "forward", "backward", "update", "mask", "open"]
 
 WINDOW = 16
 """How many collections (one request of each member) of a kind count."""

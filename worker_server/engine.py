@@ -158,12 +158,17 @@ class Engine:
         return self.progress.trunk
 
     def _unmask(self, work: Work, round: int, sum_: AnySum) -> Computed:
-        """The end of a round whose updates are masked. Without a sum all go on from where they began."""
+        """The end of a round whose updates are masked. Without a sum all go on from where they began.
+
+        Under a group's key it comes twice: the sum is for a client to open first, and the round goes on meanwhile.
+        """
         try:
             summed = sum_.finish()
         except AggregationError as error:
             self._end_round(round, (), None)
             return Computed(work, failure=error)
+        if summed is None:
+            return Computed(work)
         if summed.liars:
             event(logger, "wrong_shares", level=logging.WARNING, clients=",".join(summed.liars), round=round)
         self._end_round(round, (), summed)
@@ -194,7 +199,8 @@ class Engine:
         counted = () if result.values is start else contributors
         averages = {name: result.values[name] for name in heads_and_tails}
         told = tell(progress.job.wire, heads_and_tails, averages, progress.unsent)
-        progress.complete_round(told.values, result.state, counted, told.unsent, told.change)
+        box = None if summed is None else summed.box
+        progress.complete_round(told.values, result.state, counted, told.unsent, told.change, box)
         if self.replicas is not None and isinstance(progress.job.privacy, CentralPrivacy):
             # Nobody is told before all have kept it: a round begun again gets other noise, and would be paid for twice.
             self.replicas.total(1)

@@ -17,6 +17,7 @@ from shared.logs import event
 from shared.model.checkpoint import Fingerprint
 from shared.model.residuals import modules_of
 from shared.payload.messages import CONTROL, RESIDUAL
+from worker_server.box import Box, box_in
 from worker_server.no_trunk import NoTrunk
 from worker_server.trunk import Trunk
 
@@ -34,7 +35,8 @@ class Progress:
     `initial`: what those begin with; `aggregator`: the state of its method of aggregation. `counted`: by client, how
     many rounds were complete when an update of it last counted. `unsent`: what clients were not told of the averages;
     `change`: what brings those who hold the last round's start to `averages`, where that is what travels, and not on
-    disk. `kept_at`: when (monotonic) the checkpoint of that round was written or read. `clients`: those from whom the
+    disk. `box`: under a group's key, the averages that the server cannot open, in place of `averages`; None before the
+    first. `kept_at`: when (monotonic) the checkpoint of that round was written or read. `clients`: those from whom the
     next round is drawn, where it is (cohort.sampled).
     """
 
@@ -49,6 +51,7 @@ class Progress:
     counted: Mapping[str, int] = field(default_factory=dict)
     unsent: Mapping[str, Tensor] = field(default_factory=dict)
     change: Compressed | None = None
+    box: Box | None = None
     kept_at: float | None = None
     clients: tuple[str, ...] = ()
 
@@ -82,6 +85,7 @@ class Progress:
         averages = {name.removeprefix("average/"): t for name, t in tensors.items() if name.startswith("average/")}
         self.unsent = {name.removeprefix("unsent/"): t for name, t in tensors.items() if name.startswith("unsent/")}
         self.change = None
+        self.box = box_in(tensors)
         self.trunk.load_state(tensors, float(facts["steps"]))
         self.averages = averages
         self.aggregator = {n.removeprefix("aggregator/"): t for n, t in tensors.items() if n.startswith("aggregator/")}
@@ -92,7 +96,11 @@ class Progress:
         self.kept_at = time.monotonic()
 
     def start(self) -> dict[str, Tensor]:
-        """What every client's head and tail begin the round with, of what is trained in them. Raises ModelError."""
+        """What every client's head and tail begin the round with, of what is trained in them; nothing under a group's
+        key, which keeps it from the server. Raises ModelError.
+        """
+        if self.job.aggregation.group_key is not None:
+            return {}
         return self.averages or self.initial()
 
     def for_clients(self) -> dict[str, Tensor]:
@@ -109,9 +117,14 @@ class Progress:
         counted: Iterable[str] = (),
         unsent: Mapping[str, Tensor] | None = None,
         change: Compressed | None = None,
+        box: Box | None = None,
     ) -> None:
-        """One more round is done, with these averages, of these clients' updates; on disk before anyone is told."""
+        """One more round is done, with these averages, of these clients' updates; on disk before anyone is told.
+
+        Without a new `box` the last one goes on.
+        """
         self.averages, self.unsent, self.change = averages, unsent or {}, change
+        self.box = box or self.box
         self.aggregator = aggregator or {}
         self.round += 1
         self.counted = {**self.counted, **dict.fromkeys(counted, self.round)}
@@ -142,6 +155,7 @@ class Progress:
         """Write `checkpoint-<round>`. Raises CheckpointError if the disk refuses."""
         tensors = self.trunk.state() | {f"average/{name}": t for name, t in (self.averages or {}).items()}
         tensors |= {f"unsent/{name}": t for name, t in self.unsent.items()}
+        tensors |= {} if self.box is None else self.box.tensors()
         tensors |= {f"aggregator/{name}": t for name, t in self.aggregator.items()}
         facts = {
             "job": self.job.digest().hex(),

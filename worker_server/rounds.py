@@ -21,6 +21,10 @@ there (`Bind`), who is in the sum is settled: the round may only be done again a
 updates among different members differ by an update). So then a round that needs all of them waits until they are back;
 a round that does not, ends without the sum if too few are left to unmask it. Who dealt wrong shares is barred.
 
+Under a group's key the server cannot read the sum once the masks are off (`uncovered`). It asks one of those in it, the
+first by name, to open it and seal the averages for all; if that one leaves or is late, the next, and so on. With nobody
+left to ask the round is done again, or ends without its sum, as above; without it, too, where it did not open for one.
+
 How the steps of a round are trained is for the two kinds of it: in lockstep (worker_server/lockstep.py) or greedily
 (worker_server/greedy.py).
 
@@ -37,6 +41,7 @@ from shared.errors import AggregationError, PeerError, ShareError
 from shared.payload.messages import Mask
 from shared.wire.envelope import Frame
 from worker_server.deadlines import Deadlines, Kind
+from worker_server.masking import OPENING, RoundSum
 from worker_server.ring import AnySum, AnySums
 from worker_server.sampling import drawn
 from worker_server.work import (
@@ -263,6 +268,13 @@ class Rounds(ABC):
         self._backward_done(cohort)
         return self._go_on(now)
 
+    def uncovered(self, now: float) -> list[Instruction]:
+        """The masks are off the sum but for the group's."""
+        assert isinstance(self.sum, RoundSum)
+        self.sum.close(self.active.values())
+        self.stage = "training"
+        return self._ask_to_open(self.sum, now)
+
     def aggregation_done(self, failure: AggregationError | None = None) -> list[Instruction]:
         """`failure`: why there was no sum, if it could not be unmasked: nobody's update counted."""
         self.last_members = self.known | {ticket.client for ticket in self.updates.values()}
@@ -325,29 +337,47 @@ class Rounds(ABC):
         if self.updating_since is None:
             self.updating_since = now
         self.update_times.append(now - self.updating_since)
-        return self._end_round()
+        return self._end_round(now)
 
-    def _end_round(self) -> list[Instruction]:
+    def _end_round(self, now: float) -> list[Instruction]:
         if self.stage != "training" or not self.active.keys() <= self.updates.keys():
             return []
         self.deadlines.record(self._collecting, self.update_times)
         if self.sum is not None and not self.sum.unmasking:
-            return self._next_phase(self.sum)
-        return [self._aggregate()]
+            return self._next_phase(self.sum, now)
+        if isinstance(self.sum, RoundSum) and self.sum.to_open:
+            return self._ask_to_open(self.sum, now)
+        return self._aggregate()
 
-    def _aggregate(self) -> Aggregate:
+    def _aggregate(self) -> list[Instruction]:
         self.stage = "aggregating"
         counted = (t for s, t in self.updates.items() if s in self.active and t.refused is None)
         if self.plan.sampled is not None:
             self.known |= {*self.active.values(), *(ticket.client for ticket in self.lobby.values())}
-        return Aggregate(self.round, in_order(counted), tuple(sorted(self.known)), self.sum)
+        return [Aggregate(self.round, in_order(counted), tuple(sorted(self.known)), self.sum)]
 
     @property
     def _collecting(self) -> Kind:
         """What `updates` holds."""
-        return "update" if self.sum is None or self.sum.phase == 0 else "mask"
+        if self.sum is None or self.sum.phase == 0:
+            return "update"
+        return "open" if self.sum.phase == OPENING else "mask"
 
-    def _next_phase(self, sum: AnySum) -> list[Instruction]:
+    def _ask_to_open(self, sum: RoundSum, now: float) -> list[Instruction]:
+        """What is due next is one member's, whose request is answered; all others wait."""
+        openers = sum.openers()
+        able = in_order(t for s, t in self.updates.items() if s in self.active and t.client in openers)
+        if able:
+            del self.updates[able[0].session]
+            self.updating_since, self.update_times = now, []
+            body, words = sum.ask(able[0].client)
+            return [Relay(((able[0], body),), (words,))]
+        if not sum.unopened and self.plan.needed >= len(sum.summed):
+            return self._undo()
+        sum.give_up()
+        return self._aggregate()
+
+    def _next_phase(self, sum: AnySum, now: float) -> list[Instruction]:
         """Close this phase of the masked sum: those who are in the next are answered, the others wait for its end."""
         try:
             bodies = sum.close(self.active.values())
@@ -363,7 +393,7 @@ class Rounds(ABC):
             self.bound = frozenset(sum.summed)
             settled.append(Bind(self.round, sum.summed))
         if not bodies:
-            return [*settled, self._aggregate()]
+            return [*settled, *self._aggregate()]
         tickets = in_order(t for s, t in self.updates.items() if s in self.active)
         answers = tuple((t, bodies[t.client]) for t in tickets if t.client in bodies and t.refused is None)
         answered = {ticket.session for ticket, _ in answers}
@@ -373,7 +403,7 @@ class Rounds(ABC):
             for ticket in tickets
             if ticket.session not in answered
         }
-        return [*settled, Relay(answers), *self._end_round()]
+        return [*settled, Relay(answers), *self._end_round(now)]
 
     def _bar(self, error: AggregationError) -> tuple[str, ...]:
         """Whoever is known to have dealt, or handed on, wrong shares. Who is only missing is not."""
@@ -387,6 +417,8 @@ class Rounds(ABC):
         """How many members the round goes on with."""
         if self.sum is None:
             return self.plan.needed
+        if self.sum.phase == OPENING:
+            return 0  # one is enough, and without one _ask_to_open knows what is next
         if self.bound and not self.sum.unmasking:
             return len(self.bound)  # the sum was asked for before: again among the same, or not at all
         if self.sum.unmasking and self.plan.needed < len(self.sum.summed):
@@ -402,7 +434,7 @@ class Rounds(ABC):
             self._forget(session)
         if len(self.active) < self._needed:
             return self._undo()
-        return self._end_round() or self._start(now)
+        return self._end_round(now) or self._start(now)
 
     def _undo(self) -> list[Instruction]:
         self.stage = "undoing"

@@ -180,7 +180,7 @@ class Server:
                 "aggregation.secure=off: the servers then see every client's update",
             )
         check_length(shapes)
-        event(logger, "updates_masked", secure=self.job.secure)
+        event(logger, "updates_masked", secure=self.job.secure, group_key=self.job.aggregation.group_key is not None)
         return (Rings if self.job.secure == "ring" else Sums)(self.job, shapes)
 
     def _load_trunk(self, checkpoint: Checkpoint, plan: SplitPlan) -> Trunk:

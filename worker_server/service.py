@@ -30,6 +30,7 @@ from shared.payload.messages import (
     Refusal,
     Release,
     RoundStart,
+    Sealed,
     SumOf,
     Update,
     Welcome,
@@ -44,6 +45,7 @@ from worker_server.cohort_metrics import CohortMetrics
 from worker_server.engine import Computed, Engine
 from worker_server.inference import Inference
 from worker_server.intake import Intake
+from worker_server.masking import RoundSum
 from worker_server.replicas import Replicas
 from worker_server.rounds import Rounds
 from worker_server.sessions import Session, Sessions, code_of
@@ -330,11 +332,11 @@ class Service:
                 case StartRound(round_, answers, sum_):
                     event(logger, "round_started", round=round_, clients=len(answers))
                     self._send_averages(answers, round_, sum_)
-                case Relay(answered):
+                case Relay(answered, frames):
                     for ticket, body in answered:
                         session = self.sessions.get(ticket.session)
                         if session is not None:
-                            self._send(session, Masking(request=ticket.request, body=body))
+                            self._send(session, Masking(request=ticket.request, body=body), frames)
                 case Bind(round_, clients):
                     self.engine.progress.bind(round_, clients)
                 case SumFailed(round_, reason, barred):
@@ -386,6 +388,8 @@ class Service:
                 self._carry_out(self.inference.done())
             case RunEvaluation() | ReleaseStreams():
                 self._carry_out(self.inference.done())
+            case Aggregate(sum=RoundSum(to_open=True)):
+                self._carry_out(self.rounds.uncovered(now))
             case Aggregate():
                 self._carry_out(self.rounds.aggregation_done(outcome.failure))
             case Restore():
@@ -409,12 +413,16 @@ class Service:
         """
         progress = self.engine.progress
         encoded = [encode(name, tensor, "float32") for name, tensor in progress.for_clients().items()]
-        infos, whole, change = tuple(info for info, _ in encoded), [frame for _, frame in encoded], progress.change
+        infos, change = tuple(info for info, _ in encoded), progress.change
+        whole: list[Frame] = [frame for _, frame in encoded]
+        sealed = None
+        if progress.box is not None:
+            sealed, whole = Sealed(round=progress.box.round), [*whole, progress.box.frame]
         for ticket in answers:
             session = self.sessions.get(ticket.session)
             if session is None:
                 continue
-            told: dict[str, Any] = {"request": ticket.request, "refused": ticket.refused}
+            told: dict[str, Any] = {"request": ticket.request, "refused": ticket.refused, "sealed": sealed}
             if self.replicas is None:  # a client may have been at another in between, which this one does not know of
                 told["counted"] = progress.counted.get(ticket.client, 0)
             holds = change is not None and ticket.held == progress.round - 1

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shared.payload.messages import SumOf
+from shared.wire.envelope import Frame
 from worker_server.masking import Next
 from worker_server.ring import AnySum
 
@@ -116,9 +117,10 @@ class StartRound:
 
 @dataclass(frozen=True)
 class Relay:
-    """Answer these Mask requests: the next phase of the masked sum begins."""
+    """Answer these Mask requests: the next phase of the masked sum begins. `frames`: what follows each answer."""
 
     answers: tuple[tuple[Ticket, Next], ...]
+    frames: tuple[Frame, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)

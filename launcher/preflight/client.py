@@ -25,6 +25,7 @@ from launcher.preflight.resources import check_checkpoints, check_disk, check_me
 from launcher.preflight.rows import check_parsed, check_rows
 from launcher.report_data import bytes_text
 from shared.errors import ConnectionFailed, DeadlineExceeded, FlglmError, HandshakeError, Refused
+from shared.group_keys import group_key_for
 from shared.identity import Identity
 from shared.invitations import BrokerAt, Invitation
 from shared.job import Job
@@ -49,6 +50,7 @@ class ClientPlan:
     model: str | None = None
     policy: Path | None = None
     privacy_ledger: Path | None = None
+    group_key: Path | None = None
     job: Path | None = None
     digest: bool = False
     timeout_s: float = 5.0
@@ -203,6 +205,13 @@ def _with_job(
     invitation: Invitation | None,
 ) -> None:
     rows.add(check_updates(job))
+    if plan.group_key is not None or job.aggregation.group_key is not None:
+        rows.attempt(
+            "group key",
+            lambda: group_key_for(job, plan.group_key),
+            lambda _: f"{plan.group_key} is the job's: the server sees neither sums nor averages",
+            "see --group-key",
+        )
     if plan.policy is not None and policy is not None:
         rows.attempt("policy and job", lambda: check_job(policy, job), lambda _: "the policy allows it", "see --policy")
     check_privacy(rows, job, plan.data, plan.privacy_ledger, policy or Policy())

@@ -30,6 +30,9 @@ BYTES_SAVED = 3 * FLOAT32
 # client; the sum's words, the mean and the change at the server.
 MASKED_AT_CLIENT = 8 + 4 + 4
 MASKED_WORD = 8
+# What opening a sum under a group's key takes beside that: the words as they came and a copy, the start and the mean,
+# and for a moment three times float64.
+OPENED_AT_CLIENT = 8 + 8 + 4 + 4 + 24
 MASKED_AT_SERVER = 8 + 4 + 8
 # How many values a method of aggregation keeps of each that it aggregates.
 AGGREGATOR_COPIES = {"fedavgm": 1, "fedadam": 2, "fedyogi": 2, "fedsgd": 2, "scaffold": 1}
@@ -118,6 +121,7 @@ def client_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: 
     control = train * FLOAT32 if job.aggregation.type == "scaffold" else 0
     private = train * FLOAT32 if job.privacy.type != "none" else 0
     masked = 0 if job.secure == "off" else train * MASKED_AT_CLIENT
+    masked += 0 if job.aggregation.group_key is None else train * OPENED_AT_CLIENT
     residual = residual_values(checkpoint, job, plan, job.handed_in) * FLOAT32
     start = train * FLOAT32 if job.wire.compresses_updates or job.wire.compresses_averages else 0
     unsent = 2 * train * FLOAT32 if job.wire.compresses_updates else 0
@@ -130,8 +134,9 @@ def round_traffic(checkpoint: Checkpoint, job: Job, plan: SplitPlan) -> tuple[in
     """The most bytes of tensors that one client sends and gets in a round; seals and headers add little.
 
     Up go the update, hidden states and gradients of batches of full length; down come averages with what the
-    aggregation adds to them, hidden states, and gradients where the head is trained. A ring (aggregation.secure) that
-    loses members while it sums has the others send their updates again. Raises JobError.
+    aggregation adds to them, hidden states, and gradients where the head is trained. Under a group's key, too, a sum
+    that it opens, and the averages in a box. A ring (aggregation.secure) that loses members while it sums has the
+    others send their updates again. Raises JobError.
     """
     handed_in = count(checkpoint, job, plan, job.handed_in)[1]
     wire = job.wire
@@ -139,6 +144,8 @@ def round_traffic(checkpoint: Checkpoint, job: Job, plan: SplitPlan) -> tuple[in
     told = most_bytes(handed_in, wire.average_density, wire.average)
     told += handed_in * FLOAT32 if job.aggregation.type == "scaffold" else 0
     told += residual_values(checkpoint, job, plan, job.handed_in) * FLOAT32
+    if job.aggregation.group_key is not None:
+        update, told = update + handed_in * FLOAT32, told + handed_in * MASKED_WORD
     if "trunk" in job.client_parts:
         return update, told
     training = job.training

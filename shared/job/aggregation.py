@@ -23,6 +23,8 @@ class AnyAggregation(Settings):
     takes rounds of three clients; `Job.secure` is what follows. ring (after ACCESS-FL, Nguyen et al., arXiv 2409.01722,
     and CESA, arXiv 2405.01144) is for groups that hardly change: one request a sum in place of four, for less: two
     members and the server together can unmask a third, and whoever is lost while a sum is made costs the others it.
+    `group_key`: the fingerprint of a key that the data owners share (`flglm keys group`): they alone see the sum, and
+    the averages that come of it (docs/adr/0023-group-key-in-rounds.md). null: the server sees them.
     `personal`: parts that are trained and never leave their client: the tail (FedPer, Arivazhagan et al., arXiv
     1912.00818, section 3: personalization layers over shared ones) or the head (LG-FedAvg, Liang et al., arXiv
     2001.01523, section 3: local representations under a shared model).
@@ -42,6 +44,15 @@ class AnyAggregation(Settings):
     def _off_is_a_word(cls, value: Any) -> Any:
         """In YAML 1.1 a bare `off` is false."""
         return "off" if value is False else value
+
+    group_key: Annotated[str, Field(pattern=r"^([A-Z2-7]{5}-){5}[A-Z2-7]{5}$")] | None = None
+
+    @field_validator("group_key", mode="before")
+    @classmethod
+    def _which_key(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("the fingerprint of the group's key is due, which flglm keys group prints; or null")
+        return value
 
     personal: tuple[PersonalPart, ...] = ()
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from shared.job.aggregation import AnyKrum, FedAvg, FedSgd, Scaffold, TrimmedMean
+from shared.job.group_contradictions import group
 from shared.job.methods import Lora
 from shared.job.privacy_contradictions import privacy
 from shared.job.secure import least_quorum, neighbourhood
@@ -118,7 +119,7 @@ def _aggregation(job: "Job") -> Iterator[str]:
             yield f"aggregation.personal names {part}, which is not among training.parts"
     if len(set(aggregation.personal)) != len(aggregation.personal):
         yield "aggregation.personal names a part twice"
-    elsewhere = {"secure": None, "personal": ()}
+    elsewhere = {"secure": None, "personal": (), "group_key": None}
     if aggregation.model_copy(update=elsewhere) != FedAvg() and not at_clients and not per_client:
         yield (
             f"aggregation (type={aggregation.type}) has nothing to aggregate: add head or tail to training.parts"
@@ -277,6 +278,7 @@ CHECKS: tuple[Callable[["Job"], Iterator[str]], ...] = (
     _prompt,
     _aggregation,
     _secure,
+    group,
     privacy,
     _compression,
 )

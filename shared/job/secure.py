@@ -49,6 +49,8 @@ def seen_of(job: "Job") -> str:
         return (
             "the server sees their sum alone; with the help of the two members next to a client in the ring, its update"
         )
+    if job.aggregation.group_key is not None:
+        return "the server sees not even their sum"
     return "the server sees their sum alone"
 
 

@@ -17,6 +17,7 @@
                                              RoundStart (next round), or Finished
     Mask       in place of Update where updates are masked: four times, each a step of the secure sum (a ring: once)
                                              Masking (the next step), at last RoundStart or Finished
+               under a group's key a fifth time, from one client: it opens the sum for all
     Leave
                                              Refusal    in place of any answer
 
@@ -37,6 +38,7 @@ from shared.payload.tensors import TensorInfo
 from shared.secure_aggregation.messages import (
     AdvertiseKeys,
     ClientNumber,
+    GroupSum,
     KeyList,
     MaskedInput,
     RelayedShares,
@@ -110,14 +112,30 @@ class SumOf(Message):
     ring: RingRound | None = None
 
 
+class Sealed(Message):
+    """Under a group's key: averages of head and tail with which round `round` begins, or that the job ends with.
+
+    Its frame, a box that only clients open (shared/sealed_averages.py), comes last.
+    """
+
+    type: Literal["sealed"] = "sealed"
+    round: Count
+
+
+class Unopened(Message):
+    """In place of Sealed: the sum does not open under this client's group key."""
+
+    type: Literal["unopened"] = "unopened"
+
+
 class RoundStart(WithPieces):
     """Answers Join, Update or the last Mask: round `round` (from 0) begins. Tensors: head and tail averages, if any;
     control variates; residuals. Pieces, not in answer to a Join: the averages' difference to what the round before
     began with.
 
-    `sum`: where updates are masked. `refused`: why the update that this answers did not count, if so. `counted`: how
-    many rounds were complete when one of this client last did, 0 if none has; None where the server cannot say (a
-    replica).
+    `sum`: where updates are masked. `sealed`: in place of averages, under a group's key. `refused`: why the update that
+    this answers did not count, if so. `counted`: how many rounds were complete when one of this client last did, 0 if
+    none has; None where the server cannot say (a replica).
     """
 
     type: Literal["round_start"] = "round_start"
@@ -125,6 +143,7 @@ class RoundStart(WithPieces):
     round: Count
     members: Count
     sum: SumOf | None = None
+    sealed: Sealed | None = None
     refused: Reason | None = None
     counted: Count | None = None
 
@@ -209,7 +228,7 @@ class Objection(Message):
 
 
 class Mask(Message):
-    """A client's next step in the masked sum of `round`; with MaskedInput or RingInput, its frame of words follows.
+    """A client's next step in the masked sum of `round`; with MaskedInput, RingInput or Sealed, its frame follows.
 
     `weight`: what the client's own adapter in the trunk is weighted by, where it has one (0: it has none); with
     AdvertiseKeys or RingInput. It is no
@@ -221,18 +240,23 @@ class Mask(Message):
     round: Count
     weight: Annotated[int, Field(ge=0, le=MAX_WEIGHT)] = 0
     body: Annotated[
-        AdvertiseKeys | ShareKeys | MaskedInput | Objection | Unmask | RingKey | RingInput, Field(discriminator="type")
+        AdvertiseKeys | ShareKeys | MaskedInput | Objection | Unmask | Sealed | Unopened | RingKey | RingInput,
+        Field(discriminator="type"),
     ]
 
 
 class Masking(Message):
     """The server's answer to a Mask, when everybody's is there, or will not come. RingRound: the sum before lacks
     members, and is done again without them.
+
+    GroupSum is for one client, which opens it for all; its frame of words follows.
     """
 
     type: Literal["masking"] = "masking"
     request: RequestId
-    body: Annotated[KeyList | RelayedShares | UnmaskRequest | RingKeys | RingRound, Field(discriminator="type")]
+    body: Annotated[
+        KeyList | RelayedShares | UnmaskRequest | GroupSum | RingKeys | RingRound, Field(discriminator="type")
+    ]
 
 
 class Finished(WithPieces):
@@ -241,6 +265,7 @@ class Finished(WithPieces):
     type: Literal["finished"] = "finished"
     request: RequestId
     rounds: Count
+    sealed: Sealed | None = None
     refused: Reason | None = None
     counted: Count | None = None
 
@@ -268,8 +293,11 @@ SERVER_MESSAGES: TypeAdapter[FromServer] = TypeAdapter(Annotated[FromServer, Fie
 def frames_of(message: Message) -> int:
     """How many frames follow the message."""
     if isinstance(message, WithTensors):
-        return len(message.tensors) + len(message.pieces if isinstance(message, WithPieces) else ())
-    return int(isinstance(message, Mask) and isinstance(message.body, MaskedInput | RingInput))
+        box = isinstance(message, RoundStart | Finished) and message.sealed is not None
+        return len(message.tensors) + len(message.pieces if isinstance(message, WithPieces) else ()) + box
+    return int(
+        isinstance(message, Mask | Masking) and isinstance(message.body, MaskedInput | RingInput | Sealed | GroupSum)
+    )
 
 
 def pack(message: Message, tensors: Sequence[Frame] = ()) -> list[Frame]:

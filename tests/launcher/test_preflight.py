@@ -29,12 +29,14 @@ from launcher.preflight.resources import Need, available_memory, check_checkpoin
 from launcher.preflight.server import check_device
 from shared import state_files
 from shared.allow_list import AllowList, revoke
+from shared.group_keys import create_group_key, fingerprint
 from shared.identity import generate_identity, load_identity
 from shared.invitations import load_invitation
 from shared.job import Job, parse_job
 from shared.model.checkpoint import Checkpoint
 from shared.model.plan import SplitPlan
 from shared.payload.tensors import encode
+from shared.secure_aggregation.group_key import GroupKey
 from shared.wire.curve import Door
 from worker_client.data import Row
 from worker_client.head_tail import load_client_parts
@@ -614,6 +616,35 @@ def test_a_rounds_traffic_is_that_of_full_batches(head: bool, tmp_path: Path) ->
     update = sum(4 * p.numel() for p in load_client_parts(checkpoint, job).parameters.values())
     up, down = round_traffic(checkpoint, job, SplitPlan(1, 1, 4))
     assert (up, down) == (update + hidden + gradient, update + hidden + gradient * head)
+
+
+def test_a_sum_that_a_client_opens_is_counted(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(str(save_tiny_model("llama", tmp_path)))
+    plan = SplitPlan(1, 1, 4)
+    (mine, (up, down)), (without, (up_without, down_without)) = (
+        (client_need(checkpoint, job, plan, 3), round_traffic(checkpoint, job, plan))
+        for key in (fingerprint(GroupKey(bytes(32))), None)
+        for job in [
+            parse_job(
+                {
+                    "model_name_or_path": "m",
+                    "cohort": {"clients": 3},
+                    "aggregation": {"type": "fedavg", "group_key": key},
+                },
+                "job",
+            )
+        ]
+    )
+    values = count(checkpoint, parse_job({"model_name_or_path": "m"}, "job"), plan, ("head", "tail"))[1]
+    assert (up - up_without, down - down_without) == (4 * values, 8 * values)
+    assert (mine.memory - without.memory, mine.disk) == (48 * values, without.disk)
+
+
+def test_a_group_key_that_does_not_fit_the_job_is_said(house: House) -> None:
+    create_group_key(Path("group.key"))
+    rows = house.check("client", "--job", "job.yaml", "--group-key", "group.key", expect=4)
+    assert rows["group key"]["status"] == "fail"
+    assert "the job has no aggregation.group_key" in rows["group key"]["found"]
 
 
 def test_what_is_kept_of_differences_is_counted(tmp_path: Path) -> None:

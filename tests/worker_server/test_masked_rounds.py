@@ -13,12 +13,23 @@ import pytest
 import torch
 
 from shared.errors import AggregationError, JobError, PhaseError, ShareError
+from shared.group_keys import fingerprint
 from shared.identity import Identity, generate_identity
 from shared.job import Job, load_job, parse_job
 from shared.masked_updates import flat_difference, tensors_of, terms_of
-from shared.payload.messages import Mask, Objection, SumOf
+from shared.payload.messages import Mask, Objection, Sealed, SumOf, Unopened
+from shared.sealed_averages import box_bytes
 from shared.secure_aggregation.client import Client
-from shared.secure_aggregation.messages import AdvertiseKeys, KeyList, MaskedInput, RelayedShares, Unmask, UnmaskRequest
+from shared.secure_aggregation.group_key import GroupKey
+from shared.secure_aggregation.messages import (
+    AdvertiseKeys,
+    GroupSum,
+    KeyList,
+    MaskedInput,
+    RelayedShares,
+    Unmask,
+    UnmaskRequest,
+)
 from worker_server.masking import Sums
 from worker_server.plain_fedavg import PlainFedavg
 from worker_server.rounds import Plan
@@ -39,6 +50,7 @@ from worker_server.work import (
 NAMES = ("anna", "berta", "clara", "dora")
 SHAPES = {"head.b": (3,), "head.a": (2, 2)}
 KEYS = {name: generate_identity(name) for name in NAMES}
+GROUP = GroupKey(bytes(range(32)))
 
 
 def job_of(clients: int = 4, quorum: int | None = None, **aggregation: Any) -> Job:
@@ -62,6 +74,7 @@ class Member:
     weight: int
     client: Client | None = None
     inbox: Any = None
+    frames: Any = ()
 
     @property
     def session(self) -> bytes:
@@ -99,11 +112,13 @@ class Play:
                 case StartRound(round_, answers, SumOf() as announced):
                     terms = terms_of(self.job, SHAPES, announced.members, round_, announced.nonce)
                     for ticket in answers:
-                        self.members[ticket.client].client = Client(terms, KEYS[ticket.client])
+                        group = GROUP if terms.group_key else None
+                        self.members[ticket.client].client = Client(terms, KEYS[ticket.client], group=group)
                         self.members[ticket.client].inbox = None
-                case Relay(answered):
+                case Relay(answered, frames):
                     for ticket, body in answered:
                         self.members[ticket.client].inbox = body
+                        self.members[ticket.client].frames = frames
                 case Aggregate():
                     self.ended.append(instruction)
 
@@ -147,11 +162,47 @@ class Play:
         for name in names:
             self.carry(self.rounds.left(self.members[name].session, self.now))
 
+    def uncover(self) -> None:
+        """As the compute thread does first, under a group's key."""
+        [work] = self.ended
+        assert work.sum is not None
+        assert work.sum.finish() is None
+        self.ended.clear()
+        self.carry(self.rounds.uncovered(self.now))
+
+    @property
+    def opener(self) -> str:
+        """Who was asked last."""
+        [(ticket, body)] = self.of(Relay)[-1].answers
+        assert isinstance(body, GroupSum)
+        return str(ticket.client)
+
+    def seal(self, name: str) -> tuple[float, int]:
+        """The mean that this client reads from the sum; some box goes back."""
+        member = self.members[name]
+        assert member.client is not None
+        mean, weight = member.client.open_sum(member.inbox, np.frombuffer(member.frames[0], np.uint64).copy())
+        self.send(name, Sealed(round=self.rounds.round + 1), [name.encode().ljust(box_bytes(7))])
+        return float(mean[0]), weight
+
+    def box(self) -> str:
+        """Who made the box that the round ends with; it is over."""
+        [work] = self.ended
+        assert work.sum is not None
+        summed = work.sum.finish()
+        assert summed is not None
+        assert summed.box is not None
+        assert (summed.delta, summed.box.round) == ({}, self.rounds.round + 1)
+        self.ended.clear()
+        self.carry(self.rounds.aggregation_done())
+        return bytes(summed.box.frame).decode().rstrip()
+
     def finish(self) -> tuple[float, int]:
         """The mean of the values, which all are the same, and the weight; the round is over."""
         [work] = self.ended
         assert work.sum is not None
         summed = work.sum.finish()
+        assert summed is not None
         values = torch.cat([value.flatten() for value in summed.delta.values()])
         assert float(values.max() - values.min()) == 0.0
         assert {name: tuple(value.shape) for name, value in summed.delta.items()} == SHAPES
@@ -500,6 +551,104 @@ def test_a_message_out_of_turn_repeated_or_of_the_wrong_size_is_refused_and_chan
     play.input(*NAMES[2:])
     play.unmask(*NAMES)
     assert play.finish() == pytest.approx(mean_of(NAMES))
+
+
+def grouped(**settings: Any) -> Play:
+    """Under a group's key; the masks that the server can take off are off."""
+    play = started(group_key=fingerprint(GROUP), **settings)
+    rest(play, "advertise", NAMES)
+    play.uncover()
+    return play
+
+
+def test_under_a_groups_key_the_first_by_name_opens_the_sum_for_all() -> None:
+    play = grouped()
+    assert play.opener == "anna"
+    [refused] = play.send("berta", Sealed(round=1), [bytes(box_bytes(7))])
+    assert refused.code == "repeated"
+    assert play.seal("anna") == pytest.approx(mean_of(NAMES))
+    assert play.box() == "anna"
+    again = play.of(StartRound)[-1]
+    assert (again.round, [ticket.client for ticket in again.answers]) == (1, list(NAMES))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["leaves", "is late"])
+def test_if_the_opener_is_lost_the_next_one_opens_and_the_round_stands(late: bool) -> None:
+    """With a quorum of all, too: nothing is trained again."""
+    play = grouped()
+    if late:
+        play.now = 9.9
+        play.carry(play.rounds.tick(play.now))
+        assert (play.opener, play.rounds.deadline()) == ("anna", 10)
+        play.now = 10
+        play.carry(play.rounds.tick(play.now))
+        assert play.rounds.deadline() == 20
+    else:
+        play.leave("anna")
+    assert play.opener == "berta"
+    [refused] = play.send("anna", Sealed(round=1), [bytes(box_bytes(7))])
+    assert refused.code == "wrong_step"
+    play.leave("dora")
+    assert play.seal("berta") == pytest.approx(mean_of(NAMES))
+    assert play.box() == "berta"
+    assert play.of(Dismiss) == play.of(SumFailed) == []
+    assert len(play.of(StartRound)) == 1  # the next needs all
+    play.join("anna", "dora")
+    assert play.of(StartRound)[-1].round == 1
+
+
+def test_whoever_left_while_the_masks_were_taken_off_is_not_asked() -> None:
+    play = started(group_key=fingerprint(GROUP))
+    rest(play, "advertise", NAMES)
+    play.leave("anna")
+    play.uncover()
+    assert play.opener == "berta"
+
+
+def test_with_nobody_left_to_open_it_the_round_is_done_again_among_the_same() -> None:
+    play = grouped()
+    play.leave(*NAMES)
+    assert play.ended == []
+    play.join(*NAMES)
+    assert [start.round for start in play.of(StartRound)] == [0, 0]
+    rest(play, "advertise", NAMES)
+    play.uncover()
+    assert play.seal("anna") == pytest.approx(mean_of(NAMES))
+
+
+def test_with_nobody_left_a_round_that_does_not_need_all_ends_without_its_sum() -> None:
+    play = grouped(quorum=3)
+    play.leave(*NAMES)
+    assert "all that could open it are gone" in play.fail().message
+    assert play.of(SumFailed)[-1].barred == ()
+    assert play.rounds.round == 1
+
+
+def test_what_does_not_open_for_anybody_ends_the_round_without_its_sum() -> None:
+    play = grouped()
+    for name in NAMES:
+        assert play.opener == name
+        play.send(name, Unopened())
+    assert "does not open under the group's key of anna, berta, clara, dora" in play.fail().message
+    start = play.of(StartRound)[-1]
+    assert start.round == 1
+    assert all(ticket.refused == "the masked sum could not be had" for ticket in start.answers)
+
+
+def test_a_box_of_another_size_or_round_or_out_of_turn_changes_nothing() -> None:
+    early = started(group_key=fingerprint(GROUP))
+    [refused] = early.send("anna", Sealed(round=1), [bytes(box_bytes(7))])
+    assert refused.code == "phase"
+    play = grouped()
+    for body, size, code in (
+        (Sealed(round=1), box_bytes(7) - 1, "tensor"),
+        (Sealed(round=2), box_bytes(7), "schema"),
+        (Unmask(self_shares=(), key_shares=()), 0, "phase"),
+    ):
+        [refused] = play.send("anna", body, [bytes(size)])
+        assert refused.code == code
+    play.seal("anna")
+    assert play.box() == "anna"
 
 
 def test_an_update_in_the_clear_is_refused_where_updates_are_masked() -> None:
