@@ -479,6 +479,7 @@ def finish(play: Play) -> None:
         except AggregationError as error:
             failure = error
         else:
+            assert summed is not None
             assert summed.weight == mean_of(summed.contributors)[1]
             assert len(summed.contributors) >= 3
     play.carry(play.rounds.aggregation_done(failure))

@@ -121,6 +121,7 @@ class Play:
         [work] = self.ended
         assert work.sum is not None
         summed = work.sum.finish()
+        assert summed is not None
         values = torch.cat([value.flatten() for value in summed.delta.values()])
         assert float(values.max() - values.min()) == 0.0
         self.ended.clear()
