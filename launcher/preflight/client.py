@@ -34,7 +34,7 @@ from shared.payload.messages import Welcome
 from worker_client.client import agreed_job, check_same_model, finished_before
 from worker_client.link import Link
 from worker_client.policy import Policy, check_job, check_server, load_policy
-from worker_client.training import KEPT_CHECKPOINTS
+from worker_client.progress import KEPT_CHECKPOINTS
 
 
 @dataclass(frozen=True)
