@@ -188,5 +188,5 @@ def test_what_contradicts_plain_fedavg_is_refused(change: dict[str, Any], said: 
 def test_a_site_that_shares_no_updates_refuses_plain_fedavg() -> None:
     values = {"model_name_or_path": "m", "training": {"parts": ["trunk"]}}
     check_job(Policy(share_updates=False), parse_job(values, "job.yaml"))
-    with pytest.raises(Refused, match="hands out updates of head or trunk or tail, and share_updates is false"):
+    with pytest.raises(Refused, match="hands out updates of trunk, and share_updates is false"):
         check_job(Policy(share_updates=False), parse_job(values | {"split": {"trunk": "client"}}, "job.yaml"))
