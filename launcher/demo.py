@@ -21,6 +21,7 @@ from launcher.output import Format, emit
 from launcher.report import ClientPrivacy, ClientQuality, Curve, Process, Quality, Report, summary_table, write_report
 from shared.errors import DataError, JobError
 from shared.job import Job, load_job
+from shared.job.secure import seen_of, why_off
 from shared.model.checkpoint import checkpoint_of
 from shared.model.families import context_length
 from shared.model.methods import longest_row
@@ -54,6 +55,8 @@ def run_demo(settings: DemoSettings, format: Format) -> Report:
     job, sites = _prepare(settings)
     rows = _all_rows(job, sites)
     console.print(f"{len(sites)} clients, {job.total_steps} steps in {job.rounds.count} rounds, one broker, one server")
+    if job.handed_in:
+        console.print(why_off(job) or f"updates of head and tail are masked: {seen_of(job)}")
     with DemoView(job, [site.name for site in sites], console) as view:
 
         def watch(name: str, event: dict[str, Any]) -> None:

@@ -112,7 +112,8 @@ def test_replicas_mask_each_among_its_own_clients(model: Path, tmp_path: Path) -
         assert first
         assert all(torch.equal(value, second[name]) for name, value in first.items())
         found[secure] = first
-    assert found["secagg"].keys() == found["off"].keys()
-    for name, value in found["off"].items():
-        torch.testing.assert_close(found["secagg"][name], value, rtol=1e-4, atol=1e-7)
-        assert torch.equal(found["ring"][name], found["secagg"][name])
+    # Which clients meet at a replica is chance, and with it the order of sums.
+    for masked in ("secagg", "ring"):
+        assert found[masked].keys() == found["off"].keys()
+        for name, value in found["off"].items():
+            torch.testing.assert_close(found[masked][name], value, rtol=1e-4, atol=1e-7)
