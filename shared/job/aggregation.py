@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from shared.job.settings import Settings
 
@@ -135,7 +135,13 @@ class MultiKrum(AnyKrum):
     type: Literal["multi_krum"] = "multi_krum"
 
 
+def _fedavg_by_default(value: Any) -> Any:
+    """Settings without a type are those of the default."""
+    return {"type": "fedavg"} | value if isinstance(value, dict) and "type" not in value else value
+
+
 Aggregation = Annotated[
     FedAvg | FedAvgM | FedAdam | FedYogi | FedSgd | Scaffold | Median | TrimmedMean | Krum | MultiKrum,
     Field(discriminator="type"),
+    BeforeValidator(_fedavg_by_default),
 ]

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from shared.errors import JobError
-from shared.job import Job, NoPrivacy, TrimmedMean, load_job, parse_job
+from shared.job import FedAvg, Job, NoPrivacy, TrimmedMean, load_job, parse_job
 
 JOB = {"model_name_or_path": "m", "rounds": {"count": 3, "local_steps": 4}, "method": {"type": "lora", "r": 4}}
 
@@ -96,6 +96,12 @@ def test_the_quorum_is_all_whom_a_round_takes_unless_it_is_named() -> None:
         for cohort in ({"clients": 5}, {"clients": 5, "sampled": 2}, {"clients": 5, "sampled": 3, "quorum": 1})
     ]
     assert needed == [5, 2, 1]
+
+
+def test_an_aggregation_without_a_type_is_fedavg() -> None:
+    assert parse_job(JOB | {"aggregation": {"secure": "off"}}, "job.yaml").aggregation == FedAvg(secure="off")
+    with pytest.raises(JobError, match=r"unknown setting 'aggregation\.fedavg\.momentum'"):
+        parse_job(JOB | {"aggregation": {"momentum": 0.9}}, "job.yaml")
 
 
 @pytest.mark.parametrize(
