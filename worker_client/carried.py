@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from shared.prefixes import under
+
 Tensors = Mapping[str, Tensor]
 
 
@@ -37,8 +39,4 @@ class Carried:
 
 def carried_in(checkpoint: Tensors, prefix: str = "") -> Carried:
     """What `tensors` with this prefix put into a checkpoint."""
-    return Carried(_under(f"{prefix}control/", checkpoint), _under(f"{prefix}unsent/", checkpoint))
-
-
-def _under(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return Carried(under(f"{prefix}control/", checkpoint), under(f"{prefix}unsent/", checkpoint))

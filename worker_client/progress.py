@@ -14,6 +14,7 @@ from shared.errors import CheckpointError
 from shared.job import CentralPrivacy, Job
 from shared.model.optimizer import PartOptimizer
 from shared.model.trainable import load_trained
+from shared.prefixes import under
 from worker_client.carried import Carried, carried_in
 from worker_client.head_tail import HeadTail
 from worker_client.remote_trunk import Boundary
@@ -114,7 +115,7 @@ class Progress:
         except CheckpointError as error:
             self._say_unreadable(round + 1, error)
             return {}
-        return _under(HANDED_IN, tensors) if facts.get("job") == self.job.digest().hex() else {}
+        return under(HANDED_IN, tensors) if facts.get("job") == self.job.digest().hex() else {}
 
     def _fresh_optimizer(self) -> PartOptimizer:
         """Of all parameters that this client's own steps change."""
@@ -127,9 +128,9 @@ class Progress:
         tensors, facts = state_files.load(self.out, number)
         if facts.get("job") != self.job.digest().hex():
             raise CheckpointError(f"{self.out}: holds checkpoints of another job", hint="give --out another folder")
-        load_trained(self.parts.parameters, _under("trained/", tensors))
+        load_trained(self.parts.parameters, under("trained/", tensors))
         self.optimizer = self._fresh_optimizer()
-        self.optimizer.load_state(_under("optimizer/", tensors), float(facts["steps"]))
+        self.optimizer.load_state(under("optimizer/", tensors), float(facts["steps"]))
         torch.set_rng_state(tensors["random/torch"])
         self.carried = carried_in(tensors)
         self.after = carried_in(tensors, AFTER) if facts.get("carries_on") else None
@@ -148,7 +149,3 @@ class Progress:
 
     def _say_unreadable(self, number: int, error: CheckpointError) -> None:
         self.report({"event": "checkpoint_unreadable", "number": number, "reason": error.message})
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -31,6 +31,7 @@ from shared.payload.messages import (
 )
 from shared.payload.pieces import Piece
 from shared.payload.tensors import decode, encode
+from shared.prefixes import under
 from shared.secure_aggregation.messages import GroupSum
 from shared.wire.envelope import Frame
 from worker_client.batches import Batch
@@ -214,7 +215,7 @@ class RemoteTrunk:
         }
         rest = answer.frames[len(reply.tensors) :]
         box = b"" if reply.sealed is None else rest[-1]
-        control, residuals = (_under(prefix, tensors) for prefix in (CONTROL, RESIDUAL))
+        control, residuals = (under(prefix, tensors) for prefix in (CONTROL, RESIDUAL))
         averages = {name: value for name, value in tensors.items() if not name.startswith((CONTROL, RESIDUAL))}
         finished = isinstance(reply, Finished)
         round, members, sum = (None, 0, None) if finished else (reply.round, reply.members, reply.sum)
@@ -229,7 +230,3 @@ def _expect(answer: Answer, *kinds: type) -> Any:
     if not isinstance(answer.message, kinds):
         raise SchemaError(f"the server answered with a {answer.message.type} message")
     return answer.message
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -17,6 +17,7 @@ from shared.logs import event
 from shared.model.checkpoint import Fingerprint
 from shared.model.residuals import modules_of
 from shared.payload.messages import CONTROL, RESIDUAL
+from shared.prefixes import under
 from worker_server.box import Box, box_in
 from worker_server.no_trunk import NoTrunk
 from worker_server.trunk import Trunk
@@ -82,13 +83,13 @@ class Progress:
             )
         if facts["model"] != vars(self.fingerprint):
             raise CheckpointError(f"{self.folder}: belongs to another model", hint="use another --state folder")
-        averages = {name.removeprefix("average/"): t for name, t in tensors.items() if name.startswith("average/")}
-        self.unsent = {name.removeprefix("unsent/"): t for name, t in tensors.items() if name.startswith("unsent/")}
+        averages = under("average/", tensors)
+        self.unsent = under("unsent/", tensors)
         self.change = None
         self.box = box_in(tensors)
         self.trunk.load_state(tensors, float(facts["steps"]))
         self.averages = averages
-        self.aggregator = {n.removeprefix("aggregator/"): t for n, t in tensors.items() if n.startswith("aggregator/")}
+        self.aggregator = under("aggregator/", tensors)
         self.trunk.take_residuals(self.aggregator)
         self.clients = tuple(facts.get("clients", ()))
         self.counted = dict(facts.get("counted", {}))

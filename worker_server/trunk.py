@@ -25,6 +25,7 @@ from shared.model.optimizer import PartOptimizer
 from shared.model.residuals import Residuals
 from shared.model.trainable import load_trained, trained
 from shared.payload.messages import RESIDUAL
+from shared.prefixes import under
 from worker_server.client_adapters import ClientAdapters
 from worker_server.kept import Forward, Graph, Rows, random_state, release_oldest, set_random_state
 
@@ -149,8 +150,8 @@ class Trunk:
 
     def take_residuals(self, state: Mapping[str, Tensor]) -> None:
         """Add to the frozen weights what the aggregator's state has for them (FedEx-LoRA), and nothing else."""
-        under = _under(RESIDUAL, state)
-        self.residuals.apply({name: value for name, value in under.items() if name in self.residuals.layers})
+        added = under(RESIDUAL, state)
+        self.residuals.apply({name: value for name, value in added.items() if name in self.residuals.layers})
 
     def round_values(self) -> dict[str, Tensor]:
         """What replicas average at a round's end beside all updates: the parameters that all clients train."""
@@ -196,11 +197,11 @@ class Trunk:
     def load_state(self, state: Mapping[str, Tensor], steps: float) -> None:
         """Continue from `state()`, taken when the schedule was at `steps`."""
         if self.clients is None:
-            load_trained(self.parameters, _under("trunk/", state))
+            load_trained(self.parameters, under("trunk/", state))
         else:
             self.clients.load_state(state, steps)
         self.optimizer = self._fresh_optimizer()
-        self.optimizer.load_state(_under("optimizer/", state), steps)
+        self.optimizer.load_state(under("optimizer/", state), steps)
         torch.set_rng_state(state["random/torch"])
         self._forget()
 
@@ -325,7 +326,3 @@ def _input_gradients(kept: Forward, graph: Graph) -> list[Tensor | None]:
     if graph.hidden.grad is None:
         return [None] * len(graph.places)
     return list(_unpack(graph.hidden.grad, graph.rows(kept)))
-
-
-def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

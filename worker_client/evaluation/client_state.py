@@ -15,6 +15,7 @@ from shared.errors import CheckpointError, TensorError
 from shared.job import Job, parse_job
 from shared.model.trainable import load_trained
 from shared.payload.messages import RESIDUAL
+from shared.prefixes import under
 from worker_client.client import RESULT, TRAINED
 from worker_client.head_tail import HeadTail
 
@@ -72,7 +73,7 @@ def newest_in(out: Path, job_digest: str) -> ClientState:
         raise CheckpointError(f"{out}: no result and no checkpoint", hint=HINT)
     tensors, facts = state_files.load(out, numbers[-1])
     _same_job(out, facts.get("job"), job_digest)
-    trained = {name.removeprefix("trained/"): t for name, t in tensors.items() if name.startswith("trained/")}
+    trained = under("trained/", tensors)
     return ClientState(state_files.path_of(out, numbers[-1]), trained)
 
 

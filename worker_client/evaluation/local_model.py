@@ -2,7 +2,7 @@
 it. The same parts and weights as in a job; what crosses there in int8 or bfloat16 is not rounded here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from shared.model.plan import SplitPlan
 from shared.model.residuals import Residuals
 from shared.model.trainable import load_trained, make_trainable, trained
 from shared.payload.messages import RESIDUAL
+from shared.prefixes import under
 from worker_client.batches import Batch, with_virtual_tokens
 from worker_client.client import load_tokenizer
 from worker_client.evaluation.client_state import job_of, result_in
@@ -112,12 +113,12 @@ def _take_trained(head: Part, trunk: Part, tail: Part, trained_by: Trained, job:
 def _take_trunk(trunk: Part, trained_by: Trained, job: Job, checkpoint: Checkpoint) -> None:
     """The trunk's trained tensors after the last round, and what was added to its frozen weights."""
     state, folder = _server_state(trained_by, job, checkpoint)
-    values, parameters = _under("trunk/", state), trained([trunk])
+    values, parameters = under("trunk/", state), trained([trunk])
     if {name: p.shape for name, p in parameters.items()} != {name: value.shape for name, value in values.items()}:
         raise CheckpointError(f"{folder}: its tensors are not those that the job trains in this model")
     load_trained(parameters, values)
     residuals = Residuals([trunk], job)
-    residuals.apply({n: value for n, value in _under(f"aggregator/{RESIDUAL}", state).items() if n in residuals.layers})
+    residuals.apply({n: value for n, value in under(f"aggregator/{RESIDUAL}", state).items() if n in residuals.layers})
 
 
 def _server_state(trained_by: Trained, job: Job, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Path]:
@@ -138,7 +139,3 @@ def _server_state(trained_by: Trained, job: Job, checkpoint: Checkpoint) -> tupl
     if facts.get("model") != vars(checkpoint.fingerprint()):
         raise CheckpointError(f"{folder}: belongs to another model than {checkpoint.name_or_path}")
     return tensors, folder
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
