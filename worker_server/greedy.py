@@ -9,11 +9,9 @@ that after a round it is where lockstep's would be.
 Not exact: a step's gradient belongs to the parameters that its forward used, and other steps may have come between.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from worker_server.ring import AnySums
-from worker_server.rounds import Plan, Rounds
+from worker_server.rounds import Rounds
 from worker_server.work import Instruction, RunBackward, RunForward, Ticket, in_order, refuse
 
 
@@ -39,15 +37,7 @@ class Member:
 
 
 class Greedy(Rounds):
-    def __init__(
-        self,
-        plan: Plan,
-        round: int = 0,
-        known: Iterable[str] = (),
-        sums: AnySums | None = None,
-        bound: frozenset[str] = frozenset(),
-    ) -> None:
-        super().__init__(plan, round, known, sums, bound)
+    def _prepare(self) -> None:
         self.members: dict[bytes, Member] = {}
         self.waiting: dict[bytes, list[Ticket]] = {}
         self.cohorts: dict[int, Cohort] = {}

@@ -7,13 +7,11 @@ approximate about it. Cohorts run in the order of their micro-batches, forwards 
     a cohort: forward ──all hidden states in──> forwarding ──done──> backward ──all gradients in──> backwarding ──> done
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from worker_server.deadlines import Kind
-from worker_server.ring import AnySums
-from worker_server.rounds import Plan, Rounds
+from worker_server.rounds import Rounds
 from worker_server.work import Instruction, RunBackward, RunForward, Ticket, in_order, refuse
 
 
@@ -46,15 +44,7 @@ class Collection:
 
 
 class Lockstep(Rounds):
-    def __init__(
-        self,
-        plan: Plan,
-        round: int = 0,
-        known: Iterable[str] = (),
-        sums: AnySums | None = None,
-        bound: frozenset[str] = frozenset(),
-    ) -> None:
-        super().__init__(plan, round, known, sums, bound)
+    def _prepare(self) -> None:
         self.step = 0
         self.cohorts: list[Cohort] = []
         self.numbered = 0

@@ -16,6 +16,9 @@ class PlainFedavg(Rounds):
 
     # Inside
 
+    def _prepare(self) -> None:
+        """Nothing of a round is kept but its updates."""
+
     def _next(self, now: float) -> list[Instruction]:
         return []
 

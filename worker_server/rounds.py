@@ -124,8 +124,13 @@ class Rounds(ABC):
         self.update_times: list[float] = []
         self.deadlines = Deadlines(plan.deadline_s, plan.deadline_mads)
         self.works = 0
+        self._prepare()
 
     # What the kinds of training add
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """What it keeps of a round, before the first."""
 
     @abstractmethod
     def forward(self, ticket: Ticket, round: int, step: int, micro: int, now: float) -> list[Instruction]:
