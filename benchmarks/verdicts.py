@@ -11,9 +11,9 @@ from worker_client.evaluation.metrics import Metrics
 Says = Literal["confirmed", "refuted", "says nothing"]
 
 RULE = (
-    "Equal within the spread: the means over the seeds differ by at most the pooled standard deviation. Where "
-    "centralised training itself is not above blind answering by more than its own standard deviation, equality says "
-    "nothing, and so does one seed."
+    "Equal within the spread: the means over the seeds differ by at most the pooled standard deviation. Where neither "
+    "is above blind answering by more than its own standard deviation, nothing was learnt, and the comparison says "
+    "nothing; nor does one seed."
 )
 
 
@@ -39,10 +39,9 @@ def verdict(split: Sequence[float], centralised: Sequence[float], blind: float) 
     if min(len(split), len(centralised)) < 2:
         return Verdict(difference, 0.0, "says nothing")
     spread = pooled_spread(split, centralised)
-    if abs(difference) > spread:
-        return Verdict(difference, spread, "refuted")
-    learnt = statistics.mean(centralised) - blind > statistics.stdev(centralised)
-    return Verdict(difference, spread, "confirmed" if learnt else "says nothing")
+    if not any(statistics.mean(scores) - blind > statistics.stdev(scores) for scores in (split, centralised)):
+        return Verdict(difference, spread, "says nothing")
+    return Verdict(difference, spread, "confirmed" if abs(difference) <= spread else "refuted")
 
 
 def overall(verdicts: Iterable[Verdict]) -> Says:

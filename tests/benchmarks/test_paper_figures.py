@@ -41,10 +41,19 @@ def test_equal_within_the_spread(split: list[float], says: str) -> None:
     assert verdict(split, [0.70, 0.72, 0.74], blind=0.5).says == says
 
 
-def test_who_learnt_nothing_confirms_nothing() -> None:
+def test_where_nobody_learnt_nothing_is_said() -> None:
     """Centralised 0.51 +- 0.02, blind 0.5."""
-    assert verdict([0.49, 0.51, 0.53], [0.49, 0.51, 0.53], blind=0.5).says == "says nothing"
+    centralised = [0.49, 0.51, 0.53]
+    assert verdict(centralised, centralised, blind=0.5).says == "says nothing"
     assert verdict([0.5, 0.5], [0.5, 0.5], blind=0.5).says == "says nothing"
+    # Farther apart than the spread, and no better than blind.
+    assert verdict([0.44, 0.45, 0.46], centralised, blind=0.5).says == "says nothing"
+
+
+def test_where_one_of_both_learnt_they_are_not_equal() -> None:
+    nothing, much = [0.49, 0.51, 0.53], [0.70, 0.72, 0.74]
+    assert verdict(much, nothing, blind=0.5).says == "refuted"
+    assert verdict(nothing, much, blind=0.5).says == "refuted"
 
 
 def test_one_seed_has_no_spread() -> None:
