@@ -23,7 +23,7 @@ from shared import state_files
 from shared.identity import Identity, card_of, fingerprint, key_digest
 from shared.invitations import BrokerAt, Invitation
 from shared.job import Job, WireFormat
-from shared.payload import messages
+from shared.payload import messages, pieces
 from shared.payload.tensors import encode
 from shared.secure.handshake import ClientHandshake, ServerHandshake
 from shared.secure.noise import Randomness, public_bytes
@@ -31,6 +31,7 @@ from shared.secure.records import Sealer
 from shared.wire import envelope
 from shared.wire.curve import LinkKeys
 from shared.wire.envelope import Envelope, Frame
+from worker_client.privacy.ledger import Ledger
 
 FORMATS: tuple[WireFormat, ...] = ("float32", "bfloat16", "float16", "int8", "int4")
 SERVER, CLIENT, EPHEMERAL = (X25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in (1, 2, 3))
@@ -120,6 +121,32 @@ def _tensors() -> list[bytes]:
     return chosen
 
 
+def _update_pieces() -> list[bytes]:
+    """Format, length less 1 (4 bytes), how many values (4 bytes), positions and values."""
+    found = []
+    for number, wire_format in enumerate(FORMATS):
+        for length, every in ((1, 1), (40, 1), (40, 3), (5000, 700)):
+            chosen = torch.arange(length) % every == 0
+            [piece], [frame] = pieces.encode(torch.ones(length), chosen, wire_format)
+            found.append(struct.pack(">BII", number, length - 1, piece.values.shape[0]) + frame)
+    return found
+
+
+def _ledger() -> bytes:
+    """Two jobs on one file of rows."""
+    with tempfile.TemporaryDirectory() as name:
+        ledger = Ledger(Path(name) / "ledger", "d" * 64)
+        for noise in (1.0, 0.7):
+            settings: dict[str, Any] = {
+                "model_name_or_path": "m",
+                "training": {"parts": ["head", "tail"]},
+                "rounds": {"weighting": "clients"},
+                "privacy": {"type": "central", "noise_multiplier": noise, "clip_norm": 1.0, "delta": 1e-5},
+            }
+            ledger.charge(Job.model_validate(settings))
+        return ledger.path.read_bytes()
+
+
 def _jobs() -> list[bytes]:
     job = Job(model_name_or_path="m").model_dump(mode="json")
     full = {"model_name_or_path": "m", "method": {"type": "full"}, "cohort": {"clients": 3, "quorum": 2}}
@@ -191,6 +218,7 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "client_message": _client_messages,
     "server_message": _server_messages,
     "tensor": _tensors,
+    "update_piece": _update_pieces,
     "job": _jobs,
     "policy": _policies,
     "plan": _plans,
@@ -198,6 +226,7 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "card": _cards,
     "key": _keys,
     "rows": _rows,
+    "privacy_ledger": lambda: [_ledger()],
     "checkpoint_facts": lambda: [_checkpoint()[0]],
     "checkpoint_tensors": lambda: [_checkpoint()[1]],
     "model_config": lambda: [json.dumps(MODEL).encode(), json.dumps({"model_type": "gpt2", "n_embd": 8}).encode()],

@@ -54,6 +54,7 @@ from shared.errors import (
     HandshakeError,
     JobError,
     KeyFileError,
+    LedgerError,
     ModelError,
     Refused,
     SchemaError,
@@ -65,8 +66,9 @@ from shared.identity import load_card, load_identity
 from shared.invitations import Invitation, load_invitation
 from shared.job import Job, load_job, parse_job
 from shared.model.checkpoint import INDEX, SINGLE, Checkpoint
-from shared.payload import messages
+from shared.payload import messages, pieces, positions
 from shared.payload.codecs import CODECS
+from shared.payload.pieces import PIECE, Piece
 from shared.payload.tensors import MAX_ELEMENTS, TensorInfo, decode, encode
 from shared.secure.handshake import MAX_PAYLOAD_BYTES, ServerHandshake
 from shared.secure.noise import IKHFS, KEM_CIPHERTEXT_BYTES, KEM_PUBLIC_KEY_BYTES, HandshakeState, Randomness
@@ -74,6 +76,7 @@ from shared.secure.records import Opener
 from shared.wire.envelope import Frame, pack, parse
 from worker_client.data import load_rows
 from worker_client.policy import check_job, check_server, load_policy
+from worker_client.privacy.ledger import epsilon_of, read_entries
 
 MAX_FILLED_BYTES = 2**16
 MAX_TOKENS = 8
@@ -193,6 +196,27 @@ def tensor(data: bytes) -> None:
     )
     frame, due = data[2 + size :], CODECS[wire_format].size(shape) if math.prod(shape) else 0
     _check_tensor(info, frame.ljust(due, b"\0") if due <= MAX_FILLED_BYTES else frame)
+
+
+@target(TensorError)
+def update_piece(data: bytes) -> None:
+    """A piece of a vector that announces any number of values, in any format; one short by little is filled up."""
+    chosen, length, count = struct.unpack(">BII", data[:9].ljust(9, b"\0"))
+    wire_format, length = FORMATS[chosen % len(FORMATS)], length % PIECE + 1
+    count %= length + 2
+    due = positions.size(min(count, length), length) + (CODECS[wire_format].size((count,)) if count else 0)
+    frame = data[9:].ljust(due, b"\0") if due <= MAX_FILLED_BYTES else data[9:]
+    piece = Piece(length=length, values=TensorInfo(name="", dtype=wire_format, shape=(count,), scale=1.0))
+    vector = pieces.decode([piece], [frame], total=length, most=length, dtype=wire_format)
+    assert vector.shape == (length,)
+    assert bool(torch.isfinite(vector).all())
+    assert int(vector.count_nonzero()) <= count
+
+
+@target(LedgerError)
+def privacy_ledger(data: bytes) -> None:
+    """What was spent is a number, or not known."""
+    assert not math.isnan(epsilon_of(read_entries(_file(data)), 1e-5))
 
 
 @target(JobError)

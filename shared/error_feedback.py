@@ -74,7 +74,7 @@ def most_bytes(total: int, density: float, wire_format: WireFormat) -> int:
     if total == 0:
         return 0
     sent = _most(density, total)
-    return CODECS[wire_format].size((sent,)) + positions.most_bytes(sent, total)
+    return CODECS[wire_format].size((sent,)) + positions.size(sent, total)
 
 
 def _most(density: float, total: int) -> int:

@@ -55,12 +55,6 @@ def decode(raw: Bytes, count: int, length: int) -> Positions:
     return positions
 
 
-def most_bytes(count: int, length: int) -> int:
-    """What `count` positions below `length` take."""
-    low, high = _bits(count, length)
-    return -(-low // 8) + -(-high // 8)
-
-
 def _low_bits(count: int, length: int) -> int:
     return (length // count).bit_length() - 1
 

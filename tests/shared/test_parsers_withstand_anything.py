@@ -27,7 +27,7 @@ from shared.errors import UsageError
 FRAMES = ("envelope", "record", "client_message", "server_message")
 # Targets of secure sums, and how many bytes come before the frames.
 SUMS = {"secagg_client": 1, "secagg_server": 2, "ring_member": 1, "ring_server": 2, "group_member": 0}
-JSON = ("invitation", "card", "key", "rows", "checkpoint_facts", "model_config", "model_index")
+JSON = ("invitation", "card", "key", "rows", "privacy_ledger", "checkpoint_facts", "model_config", "model_index")
 YAML = ("job", "policy", "plan")
 EXAMPLES = settings(
     max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
