@@ -24,11 +24,21 @@ from shared.errors import CheckpointError
 TENSORS = "state.safetensors"
 FACTS = "state.json"
 FORMAT = 1
+ASIDE = ".replaced-"
 _NAME = re.compile(r"^checkpoint-(\d{1,12})$")
 
 
-def save(folder: Path, number: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int = 2) -> Path:
-    """Write `checkpoint-<number>` under `folder`, replacing one of that number; then keep the last `keep` up to it.
+def save(
+    folder: Path,
+    number: int,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    keep: int = 2,
+    *,
+    keep_first: bool = False,
+) -> Path:
+    """Write `checkpoint-<number>` under `folder`, replacing one of that number; then keep the last `keep` up to it, and
+    with `keep_first` the oldest.
 
     Later ones belong to a future that was abandoned, drafts to processes that were killed: both go. Raises
     CheckpointError if the disk refuses; what was there before is still there then.
@@ -41,8 +51,8 @@ def save(folder: Path, number: int, tensors: Mapping[str, Tensor], facts: Mappin
     except CheckpointError:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    kept = [other for other in numbers(folder) if other <= number][-keep:]
-    for other in set(numbers(folder)) - set(kept):
+    past = [other for other in numbers(folder) if other <= number]
+    for other in set(numbers(folder)) - {*past[-keep:], *(past[:1] if keep_first else ())}:
         shutil.rmtree(path_of(folder, other), ignore_errors=True)
     return target
 
@@ -110,8 +120,11 @@ def load(folder: Path, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def resume(folder: Path, load: Callable[[int], None], unreadable: Callable[[int, CheckpointError], None]) -> bool:
     """Call `load` with the newest number that it takes, after telling `unreadable` of newer ones that raised
-    CheckpointError. False if there are no checkpoints; raises the oldest's error if it takes none.
+    CheckpointError. False if there are no checkpoints; raises the oldest's error if it takes none, and CheckpointError
+    if the disk refuses to put one back in its place.
     """
+    with writing(folder):
+        _put_back(folder)
     available = numbers(folder)
     for number in reversed(available):
         try:
@@ -128,6 +141,7 @@ def resume(folder: Path, load: Callable[[int], None], unreadable: Callable[[int,
 def _write(draft: Path, target: Path, number: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     folder = target.parent
     folder.mkdir(parents=True, exist_ok=True)
+    _put_back(folder)
     for left_over in folder.glob(".draft-*"):
         shutil.rmtree(left_over, ignore_errors=True)
     draft.mkdir()
@@ -138,10 +152,22 @@ def _write(draft: Path, target: Path, number: int, tensors: Mapping[str, Tensor]
     for name in (TENSORS, FACTS):
         _flush(draft / name)
     _flush(draft)
+    aside = folder / f"{ASIDE}{number}"
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(aside)
     draft.rename(target)
     _flush(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_back(folder: Path) -> None:
+    """Whoever was killed between two renames left the old checkpoint aside, and its place empty."""
+    for aside in folder.glob(f"{ASIDE}*"):
+        place = path_of(folder, int(aside.name.removeprefix(ASIDE)))
+        if place.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(place)
 
 
 def _digest(path: Path) -> str:

@@ -20,7 +20,8 @@ from worker_client.head_tail import HeadTail
 from worker_client.remote_trunk import Boundary
 from worker_client.steps import Report
 
-# A server killed while it averaged begins its last round anew; one with a corrupt last checkpoint, the round before.
+# A server killed while it averaged begins its last round anew; one with a corrupt last checkpoint, the round before;
+# and one that lost everything the job, so that `checkpoint-0` stays too.
 KEPT_CHECKPOINTS = 3
 # The difference that was handed in for the round before, in a job with privacy: this, then the tensor's name.
 HANDED_IN = "handed_in/"
@@ -58,14 +59,15 @@ class Progress:
     def align(self, round: int) -> None:
         """Be where the server is: as this client was when it last took part before `round`, there in the schedule.
 
-        Averages come from the server. Not to be drawn is as it should be; what was missed otherwise is said. Raises
-        CheckpointError where this client cannot begin anew.
+        Averages come from the server, but for the first round: what that begins with is in `checkpoint-0`. Not to be
+        drawn is as it should be; what was missed otherwise is said. Raises CheckpointError where this client cannot
+        begin anew.
         """
         if round != self.completed:
             self.go_back(round)
-        if round == 0 and self.completed and self.job.wire.compresses_averages:
+        if round == 0 and self.completed:
             raise CheckpointError(
-                f"{self.out}: this client completed {self.completed} rounds, and the server begins with the first",
+                f"{self.out}: the server begins with the first round, and checkpoint-0 is not there to begin with",
                 hint="give --out another folder",
             )
         if round != self.completed and self.job.cohort.sampled is None:
@@ -145,7 +147,7 @@ class Progress:
         tensors["random/torch"] = torch.get_rng_state()
         carries_on = self.after is not None
         facts = {"job": self.job.digest().hex(), "steps": self.optimizer.steps, "carries_on": carries_on}
-        state_files.save(self.out, self.completed, tensors, facts, keep=KEPT_CHECKPOINTS)
+        state_files.save(self.out, self.completed, tensors, facts, keep=KEPT_CHECKPOINTS, keep_first=True)
 
     def _say_unreadable(self, number: int, error: CheckpointError) -> None:
         self.report({"event": "checkpoint_unreadable", "number": number, "reason": error.message})

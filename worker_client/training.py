@@ -172,8 +172,10 @@ class Training:
             parameter.grad = None
 
     def _apply(self, boundary: Boundary) -> None:
-        """Take over the averages, or add what they differ by. Raises TensorError if they, control variates or residuals
-        do not fit, SchemaError if it is a difference to what this client does not hold.
+        """Take over the averages, or add what they differ by: no round goes on from what this client trained alone.
+
+        Raises TensorError if they, control variates or residuals do not fit, SchemaError if there are none, or it is a
+        difference to what this client does not hold.
         """
         expected = {name: parameter.shape for name, parameter in self.parts.shared.items()}
         if self.group is not None:
@@ -183,6 +185,9 @@ class Training:
                 raise TensorError("the server's averages do not fit this client's parts")
         if boundary.pieces and self.started != self.progress.completed - 1:
             raise SchemaError("the server sent a difference to values that this client does not hold")
+        if expected and boundary.round != 0 and not (boundary.averages or boundary.pieces):
+            # An update that began with this client's own parameters would tell them, without the noise that is due.
+            raise SchemaError("the server has no averages to go on from, after rounds that it should have averaged")
         self.parts.residuals.apply(boundary.residuals)
         if boundary.averages:
             load_trained(self.parts.shared, boundary.averages)

@@ -248,7 +248,7 @@ def _with_model(
     if split is None:
         return None
     try:
-        need = client_need(checkpoint, job, split, KEPT_CHECKPOINTS + 1)  # and the one that is being written
+        need = client_need(checkpoint, job, split, KEPT_CHECKPOINTS + 2)  # the first, and the one being written
         up, down = round_traffic(checkpoint, job, split)
     except FlglmError as error:
         rows.add(fail("method", error.message, error.hint or "ask the operator for a job that fits the model"))

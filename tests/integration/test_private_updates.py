@@ -5,7 +5,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from launcher import local_run
 from launcher.in_process import CLIENTS, Background, Outcome, Serving, Site, serving, train_in_process, train_one
 from shared import state_files
-from shared.errors import ConnectionFailed, LedgerError, Refused
+from shared.errors import ConnectionFailed, LedgerError, Refused, SchemaError
 from shared.invitations import BrokerAt, Invitation
 from shared.job import Job, Lora, parse_job
 from worker_client.client import ClientSettings, Result, run_client
@@ -229,6 +229,41 @@ def test_a_job_that_begins_anew_draws_other_noise_which_costs_again(
         train_in_process(job, {"a": Site(random_rows(8, 0))}, tmp_path)
         shutil.rmtree(tmp_path / "server-state")
     assert [entry.rounds for entry in read_entries(tmp_path / f"a{SUFFIX}")] == [paid]
+
+
+def test_a_job_that_begins_anew_begins_with_what_it_began_with(model: Path, tmp_path: Path) -> None:
+    """Not with what the client trained since, of which only the noised is for others."""
+    heard: list[tuple[int, int, dict[str, Tensor]]] = []
+    job = job_of(model, {"type": "local"}, rounds=3, aggregation={"secure": "off"}, cohort={"clients": 1})
+    for _ in range(2):
+        train_in_process(job, {"a": Site(random_rows(8, 0), trunk=partial(overhear, heard))}, tmp_path)
+        shutil.rmtree(tmp_path / "server-state")
+    assert [round for round, _, _ in heard] == [0, 1, 2] * 2
+    assert torch.equal(flat(heard[0][2]), flat(heard[3][2]))
+    assert not torch.equal(flat(heard[1][2]), flat(heard[4][2]))
+
+
+@dataclass(frozen=True)
+class Forgetting(Overhearing):
+    """A server that begins `without` a round's averages."""
+
+    without: int = 1
+
+    def update(self, round: int, weight: int, values: Mapping[str, Tensor]) -> Boundary:
+        boundary = super().update(round, weight, values)
+        return replace(boundary, averages={}) if round + 1 == self.without else boundary
+
+
+@pytest.mark.parametrize("without", [1, 2])
+def test_no_round_goes_on_from_what_a_client_trained_alone(without: int, model: Path, tmp_path: Path) -> None:
+    heard: list[tuple[int, int, dict[str, Tensor]]] = []
+    job = job_of(model, {"type": "local"}, aggregation={"secure": "off"}, cohort={"clients": 1})
+    site = Site(random_rows(8, 0), trunk=lambda link, job, parts, wait: Forgetting(link, job, wait, heard, without))
+    with serving(job, tmp_path, ["a"]) as running:
+        with pytest.raises(SchemaError, match="no averages to go on from"):
+            train_one(running, "a", site, tmp_path)
+        running.running.stop()
+    assert [round for round, _, _ in heard] == [0, 1][:without]
 
 
 def _updates(running: Serving) -> list[str]:

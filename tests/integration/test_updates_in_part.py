@@ -1,6 +1,7 @@
 """Sparse and quantised updates and averages in whole runs: the books balance, kills leave no trace, latecomers get all,
 and what is not as it should be is refused without ending anybody's round."""
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -452,14 +453,24 @@ def test_replicas_tell_their_clients_the_same(model: Path, tmp_path: Path) -> No
             assert different(first, second) == []
 
 
-def test_a_client_ahead_of_a_server_that_lost_everything_is_told(model: Path, tmp_path: Path) -> None:
-    job = job_of(model, BOTH_WAYS["down"], rounds=4, cohort={"quorum": 1})
+def test_a_server_that_lost_everything_and_its_clients_begin_anew_and_end_as_they_did(
+    model: Path, tmp_path: Path
+) -> None:
+    job = job_of(model, BOTH_WAYS["down"], rounds=4)
+    first = results(tmp_path, train_in_process(job, sites(), tmp_path))
+    (tmp_path / "server-state").rename(tmp_path / "lost")
+    assert different(first, results(tmp_path, train_in_process(job, sites(), tmp_path))) == []
+
+
+def test_who_lost_what_the_first_round_began_with_cannot_begin_anew(model: Path, tmp_path: Path) -> None:
+    job = job_of(model, {}, rounds=4, cohort={"quorum": 1})
     train_in_process(job, sites(), tmp_path)
-    assert 0 not in state_files.numbers(tmp_path / "a")
     (tmp_path / "server-state").rename(tmp_path / "lost")
     with serving(job, tmp_path, NAMES) as running:
+        for name in NAMES:
+            shutil.rmtree(tmp_path / name / "checkpoint-0")
         clients = [Background(n, partial(train_one, running, n, site, tmp_path)) for n, site in sites().items()]
         for client in clients:
-            with pytest.raises(CheckpointError, match="completed 4 rounds, and the server begins with the first"):
+            with pytest.raises(CheckpointError, match="checkpoint-0 is not there to begin with"):
                 client.join()
         running.running.stop()

@@ -25,6 +25,46 @@ def test_only_the_last_are_kept(tmp_path: Path) -> None:
     assert state_files.numbers(tmp_path) == [2, 10]
 
 
+def test_the_first_is_kept_where_a_job_may_begin_anew(tmp_path: Path) -> None:
+    for number in (0, 1, 2, 10, 2):
+        state_files.save(tmp_path, number, TENSORS, {}, keep=2, keep_first=True)
+    assert state_files.numbers(tmp_path) == [0, 2]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_killed_while_it_is_replaced_the_old_or_the_new_one_is_there(
+    renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException): ...
+
+    rename = Path.rename
+    done: list[Path] = []
+
+    def some(path: Path, target: Path) -> Path:
+        if len(done) == renames:
+            raise Killed
+        done.append(path)
+        return rename(path, target)
+
+    state_files.save(tmp_path, 4, TENSORS, {"of": "old"})
+    monkeypatch.setattr(Path, "rename", some)
+    monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors=False: None)
+    if renames < 2:
+        with pytest.raises(Killed):
+            state_files.save(tmp_path, 4, TENSORS, {"of": "new"})
+    else:
+        state_files.save(tmp_path, 4, TENSORS, {"of": "new"})
+    monkeypatch.undo()
+    loaded: list[object] = []
+    unreadable: list[int] = []
+    state_files.resume(
+        tmp_path, lambda n: loaded.append(state_files.load(tmp_path, n)[1]["of"]), lambda n, _: unreadable.append(n)
+    )
+    assert (loaded, unreadable) == (["new" if renames == 2 else "old"], [])
+    state_files.save(tmp_path, 4, TENSORS, {"of": "third"})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
 def test_going_back_drops_the_abandoned_future_and_old_drafts(tmp_path: Path) -> None:
     for number in (5, 6):
         state_files.save(tmp_path, number, TENSORS, {})
