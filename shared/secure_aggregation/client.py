@@ -147,31 +147,31 @@ class Client:
         return MaskedInput(words=len(words)), words
 
     def in_sum(self, message: UnmaskRequest) -> tuple[int, ...]:
-        """Who is in the sum, ascending, as far as this client can know: all that advertised keys, less the neighbours
-        that the request does not name as summed. With SecAgg everybody is a neighbour.
-        """
-        absent = set(self._view.neighbours) - set(message.summed)
-        return tuple(sorted(self._view.keys.keys() - absent))
+        """Who is in the sum, ascending, as the server says; of its neighbours this client knows it.
 
-    def unmask(self, message: UnmaskRequest) -> Unmask:
-        """One share of each neighbour, of the kind the server needs. Answers once.
-
-        Raises SchemaError if the request names a client in both lists, leaves one out, or names others than those
-        whose shares this client holds; TooFewLeft if fewer inputs of neighbours are in the sum than the threshold.
+        Raises SchemaError if the request leaves out this client, names one that advertised no keys, one in both lists,
+        or a neighbour in neither whose shares this client holds, or in either without them; TooFewLeft if fewer inputs
+        of neighbours are in the sum than the threshold.
         """
         self._expect(Phase.MASKED)
         summed, dropped = ascending(message.summed, self._terms), ascending(message.dropped, self._terms)
+        if self.number not in summed or not self._view.keys.keys() >= {*summed}:
+            raise SchemaError("a sum without this client, or of clients that advertised no keys")
         if set(summed) & set(dropped):
             raise SchemaError("both kinds of shares of one client: never")
-        if set(summed) | set(dropped) != self._held.keys():
+        near = set(summed) & set(self._view.neighbours)
+        if near | set(dropped) != self._held.keys():
             raise SchemaError("shares of exactly the clients whose shares are held are given out")
-        if len(summed) < self._terms.threshold:
-            raise TooFewLeft(
-                f"{len(summed)} neighbours' inputs in the sum, {self._terms.threshold} are due (threshold)"
-            )
+        if len(near) < self._terms.threshold:
+            raise TooFewLeft(f"{len(near)} neighbours' inputs in the sum, {self._terms.threshold} are due (threshold)")
+        return summed
+
+    def unmask(self, message: UnmaskRequest) -> Unmask:
+        """One share of each neighbour, of the kind the server needs. Answers once. Raises as `in_sum` does."""
+        summed = set(self.in_sum(message))
         answer = Unmask(
-            self_shares=tuple(Share(client=u, share=self._held[u].self_share) for u in summed),
-            key_shares=tuple(Share(client=u, share=self._held[u].key_share) for u in dropped),
+            self_shares=tuple(Share(client=u, share=h.self_share) for u, h in self._held.items() if u in summed),
+            key_shares=tuple(Share(client=u, share=self._held[u].key_share) for u in message.dropped),
         )
         self._held, self._seed, self._phase = {}, b"", Phase.UNMASKED
         return answer

@@ -91,7 +91,7 @@ class MaskedInput(Message):
 
 
 class UnmaskRequest(Message):
-    """Of this client's neighbours: whose input is in the sum, and who shared keys and then dropped out."""
+    """Everybody whose input is in the sum; of this client's neighbours, who shared keys and then dropped out."""
 
     type: Literal["unmask_request"] = "unmask_request"
     summed: Clients

@@ -174,12 +174,12 @@ class Server:
             left = sum(1 for other in neighbours if other in self._summed)
             if left < self._terms.threshold:
                 raise self._too_few(f"{left} neighbours of {self._terms.name(client)} are left", self.waiting_for)
+        summed = tuple(sorted(self._summed))
         self._requests = {
             client: UnmaskRequest(
-                summed=tuple(v for v in self._neighbours[client] if v in self._summed),
-                dropped=tuple(v for v in self._neighbours[client] if v not in self._summed),
+                summed=summed, dropped=tuple(v for v in self._neighbours[client] if v not in self._summed)
             )
-            for client in sorted(self._summed)
+            for client in summed
         }
         self._phase = Phase.UNMASKING
         return self._requests
@@ -188,7 +188,8 @@ class Server:
         """Keeps the shares that are those dealt to this client; one that is not makes it a liar."""
         self._expect(Phase.UNMASKING, client, self._summed, self._answered)
         request = self._requests[client]
-        exactly([entry.client for entry in message.self_shares], request.summed, "shares of seeds")
+        summed = [other for other in self._neighbours[client] if other in self._summed]
+        exactly([entry.client for entry in message.self_shares], summed, "shares of seeds")
         exactly([entry.client for entry in message.key_shares], request.dropped, "shares of masking keys")
         self._keep(client, message.self_shares, self._shares.of_seeds, kind=0)
         self._keep(client, message.key_shares, self._shares.of_keys, kind=1)

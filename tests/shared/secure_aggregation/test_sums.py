@@ -197,24 +197,52 @@ def test_a_client_gives_no_second_kind_of_share() -> None:
     played.share()
     played.mask(update, drop=[5])
     asked = played.server.close_inputs()[0]
-    assert (asked.summed, asked.dropped) == ((1, 2, 3, 4), (5,))
+    assert (asked.summed, asked.dropped) == ((0, 1, 2, 3, 4), (5,))
     client = played.clients[0]
     for lie in (
-        UnmaskRequest(summed=(1, 2, 3, 4), dropped=(4, 5)),
-        UnmaskRequest(summed=(1, 2, 3, 4, 5), dropped=(5,)),
-        UnmaskRequest(summed=(1, 2, 3), dropped=(5,)),
-        UnmaskRequest(summed=(0, 1, 2, 3, 4), dropped=(5,)),
-        UnmaskRequest(summed=(1, 1, 2, 3, 4), dropped=(5,)),
-        UnmaskRequest(summed=(4, 3, 2, 1), dropped=(5,)),
+        UnmaskRequest(summed=(0, 1, 2, 3, 4), dropped=(4, 5)),
+        UnmaskRequest(summed=(0, 1, 2, 3, 4, 5), dropped=(5,)),
+        UnmaskRequest(summed=(0, 1, 2, 3), dropped=(5,)),
+        UnmaskRequest(summed=(1, 2, 3, 4), dropped=(5,)),
+        UnmaskRequest(summed=(0, 1, 1, 2, 3, 4), dropped=(5,)),
+        UnmaskRequest(summed=(4, 3, 2, 1, 0), dropped=(5,)),
     ):
         with pytest.raises(SchemaError):
             client.unmask(lie)
     with pytest.raises(TooFewLeft):
-        client.unmask(UnmaskRequest(summed=(1, 2), dropped=(3, 4, 5)))
+        client.unmask(UnmaskRequest(summed=(0, 1, 2), dropped=(3, 4, 5)))
     client.unmask(asked)
-    for again in (asked, UnmaskRequest(summed=(1, 2, 3), dropped=(4, 5))):
+    for again in (asked, UnmaskRequest(summed=(0, 1, 2, 3), dropped=(4, 5))):
         with pytest.raises(PhaseError):
             client.unmask(again)
+
+
+def test_all_know_the_same_sum_whoever_their_neighbours_are() -> None:
+    """So that a sum that is made again among the same, with other neighbours for all, is no other sum to anybody."""
+    agreed = terms(40, 12, 7)
+    gone = {"advertise": {3}, "share": {8}, "mask": {21, 30}}
+    played = Round.of(agreed, IDENTITIES)
+    played.advertise(drop=gone["advertise"])
+    played.share(drop=gone["share"])
+    played.mask(update, drop=gone["mask"])
+    requests = played.server.close_inputs()
+    left = tuple(sorted(set(range(40)) - {3, 8, 21, 30}))
+    assert {played.clients[number].in_sum(request) for number, request in requests.items()} == {left}
+    client, request = played.clients[0], requests[0]
+    stranger, strangers = next((n, r) for n, r in requests.items() if 8 in keys_of(played.clients[n]) and n != 0)
+    for number, lie in (
+        (0, request.model_copy(update={"summed": tuple(n for n in left if n)})),
+        (0, request.model_copy(update={"summed": tuple(sorted({*left, 3}))})),
+        (stranger, strangers.model_copy(update={"summed": tuple(sorted({*left, 8}))})),
+    ):
+        with pytest.raises(SchemaError):
+            played.clients[number].in_sum(lie)
+    assert client.unmask(request)
+
+
+def keys_of(client: Client) -> list[int]:
+    """Its neighbours."""
+    return client._view.neighbours
 
 
 def test_both_kinds_cannot_be_had_by_telling_clients_different_stories() -> None:
@@ -227,9 +255,8 @@ def test_both_kinds_cannot_be_had_by_telling_clients_different_stories() -> None
     story = {True: UnmaskRequest(summed=(), dropped=()), False: UnmaskRequest(summed=(), dropped=())}
     kinds = []
     for number in range(5):
-        others = tuple(other for other in range(6) if other != number)
-        story[True] = UnmaskRequest(summed=others, dropped=())
-        story[False] = UnmaskRequest(summed=others[:-1], dropped=(5,))
+        story[True] = UnmaskRequest(summed=(0, 1, 2, 3, 4, 5), dropped=())
+        story[False] = UnmaskRequest(summed=(0, 1, 2, 3, 4), dropped=(5,))
         answer = played.clients[number].unmask(story[number % 2 == 0])
         kinds.append(5 in {share.client for share in answer.self_shares})
     assert sorted([kinds.count(True), kinds.count(False)])[0] < agreed.threshold
