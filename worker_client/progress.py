@@ -64,7 +64,7 @@ class Progress:
         begin anew.
         """
         if round != self.completed:
-            self.go_back(round)
+            self._go_back(round)
         if round == 0 and self.completed:
             raise CheckpointError(
                 f"{self.out}: the server begins with the first round, and checkpoint-0 is not there to begin with",
@@ -75,7 +75,13 @@ class Progress:
         self.completed = round
         self.optimizer.move_to(round * self.job.rounds.local_steps)
 
-    def go_back(self, round: int, *, moved: bool = False) -> None:
+    def undo(self, round: int) -> None:
+        """Be as this client was when `round` began. What came of the rounds before, it has heard."""
+        carried = self.carried
+        self._go_back(round, moved=True)
+        self.carried, self.after = carried, None
+
+    def _go_back(self, round: int, *, moved: bool = False) -> None:
         """To the newest checkpoint that is not after `round`, if there is one and it is not where this client is.
 
         `moved`: it has trained since `completed`.

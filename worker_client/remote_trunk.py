@@ -218,6 +218,8 @@ class RemoteTrunk:
         control, residuals = (under(prefix, tensors) for prefix in (CONTROL, RESIDUAL))
         averages = {name: value for name, value in tensors.items() if not name.startswith((CONTROL, RESIDUAL))}
         finished = isinstance(reply, Finished)
+        if not finished and reply.round >= self.job.rounds.count:
+            raise SchemaError(f"the server begins round {reply.round + 1} of {self.job.rounds.count} (rounds.count)")
         round, members, sum = (None, 0, None) if finished else (reply.round, reply.members, reply.sum)
         told = averages, control, residuals, reply.refused, reply.counted, sum
         return Boundary(round, members, *told, reply.pieces, rest[: len(reply.pieces)], reply.sealed, box)

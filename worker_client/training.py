@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -84,7 +84,7 @@ class Training:
             except Refused as error:
                 if error.reason not in LEFT_BEHIND:
                     raise
-                boundary = self._left_behind(round)
+                boundary = self._left_behind(round, error)
         self._apply(boundary)
         score = self._evaluate(self.job.rounds.count)
         self.report({"event": "finished", "rounds": self.job.rounds.count})
@@ -124,14 +124,16 @@ class Training:
         change = {name: value - self.start[name] for name, value in values.items()}
         return compress(change, self.progress.carried.unsent, wire.update_density, wire.update)
 
-    def _left_behind(self, round: int) -> Boundary:
+    def _left_behind(self, round: int, error: Refused) -> Boundary:
         """The others went on without this client, or began anew: be as it was when the round began, and join again.
+
+        Whatever it handed in did not count.
 
         Raises Refused if the server knows nothing of that: it is a member still.
         """
         self.report({"event": "left_behind", "round": round})
-        self.progress.go_back(round, moved=True)
-        return self.trunk.join(len(self.rows))
+        self.progress.undo(round)
+        return replace(self.trunk.join(len(self.rows)), refused=error.message)
 
     def _weight(self, target_tokens: int) -> int:
         """What this client counts in a round's mean."""

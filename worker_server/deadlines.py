@@ -5,10 +5,10 @@ absolute deviations: half of the members may be as late as they like without mov
 deviation one could (Leys et al. 2013, Journal of Experimental Social Psychology 49, "Detecting outliers").
 
 A member's time is how long after the first member's request for the same thing its own came. Things of a kind are held
-together: the first hidden states of a round (clients may evaluate before), other hidden states, gradients, updates (or
-the first message of their masked sum), the later messages of such a sum. Who was left behind counts with the time that
-he was waited for; so a deadline that lets go of too many grows again. Who opens a sum alone, under a group's key, has
-no others to be measured against, but the limit.
+together: the first hidden states of a round (clients may evaluate before), other hidden states, gradients, updates, and
+of a masked sum each message by itself: one is as long as what is trained, the others are short. Who was left behind
+counts with the time that he was waited for; so a deadline that lets go of too many grows again. Who opens a sum alone,
+under a group's key, has no others to be measured against, but the limit.
 """
 
 from collections import deque
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Literal
 
-Kind = Literal["first", "forward", "backward", "update", "mask", "open"]
+Kind = Literal["first", "forward", "backward", "update", "keys", "shares", "input", "unmask", "open"]
 
 WINDOW = 16
 """How many collections (one request of each member) of a kind count."""
@@ -26,17 +26,27 @@ FLOOR_S = 1.0
 """No deadline is shorter: a pause of the network, of a disk, of a garbage collector is no lateness."""
 
 
-class Deadlines:
-    """Seconds by kind. Without `mads` it is `limit_s` always, else never more. No clocks: times are handed in."""
+AFTER_TRAINING: tuple[Kind, ...] = ("update", "keys")
+"""What comes first after local steps; in plain FedAvg those of a whole round."""
 
-    def __init__(self, limit_s: float, mads: float | None = None) -> None:
+
+class Deadlines:
+    """Seconds by kind. Without `mads` it is `limit_s` always, else never more; for what comes after local steps that is
+    `training_s`, if given. No clocks: times are handed in.
+    """
+
+    def __init__(self, limit_s: float, mads: float | None = None, training_s: float | None = None) -> None:
+        self.limits: dict[Kind, float] = {} if training_s is None else dict.fromkeys(AFTER_TRAINING, training_s)
         self.limit_s = limit_s
         self.mads = mads
         self._recent: dict[Kind, deque[tuple[float, ...]]] = {}
         self._current: dict[Kind, float] = {}
 
     def of(self, kind: Kind) -> float:
-        return self._current.get(kind, self.limit_s)
+        return self._current.get(kind, self._limit(kind))
+
+    def _limit(self, kind: Kind) -> float:
+        return self.limits.get(kind, self.limit_s)
 
     def record(self, kind: Kind, times: Sequence[float]) -> None:
         """A collection is complete: its members' times, in seconds."""
@@ -49,7 +59,7 @@ class Deadlines:
         pooled = [time for collection in recent for time in collection]
         middle = median(pooled)
         deviation = median(abs(time - middle) for time in pooled)
-        self._current[kind] = min(self.limit_s, max(FLOOR_S, middle + self.mads * deviation))
+        self._current[kind] = min(self._limit(kind), max(FLOOR_S, middle + self.mads * deviation))
 
     def give_up(self, kind: Kind, times: list[float], waited: float, missing: int) -> None:
         """So many were `missing` when they had been waited for so long; `times`, which is emptied, of the others."""

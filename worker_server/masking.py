@@ -42,6 +42,7 @@ from shared.secure_aggregation.server import MaskedSum, Server
 from shared.secure_aggregation.terms import Member, SumTerms, Terms
 from shared.wire.envelope import Frame
 from worker_server.box import Box
+from worker_server.deadlines import Kind
 
 NONCE_BYTES = 32
 PHASES: tuple[tuple[type[Message], ...], ...] = (
@@ -51,6 +52,7 @@ PHASES: tuple[tuple[type[Message], ...], ...] = (
     (Unmask,),
     (Sealed, Unopened),
 )
+COLLECTING: tuple[Kind, ...] = ("keys", "shares", "input", "unmask", "open")
 UNMASKING = 3
 OPENING = 4
 
@@ -114,6 +116,11 @@ class RoundSum:
     def unmasking(self) -> bool:
         """Whether members were asked to help unmask: whoever has their answers sees the sum."""
         return self.phase >= UNMASKING
+
+    @property
+    def collecting(self) -> Kind:
+        """What the members' messages of this phase are."""
+        return COLLECTING[self.phase]
 
     @property
     def to_open(self) -> bool:

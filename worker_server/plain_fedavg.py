@@ -1,8 +1,10 @@
 """Plain FedAvg (McMahan et al., arXiv 1602.05629, algorithm 1): members train by themselves, updates alone come here.
 
-A round is its members' updates: the last of them is waited for from the first on, until the deadline.
+A round is its members' updates: the last of them is waited for from the first on, until the deadline: that of a step
+(cohort.deadline_s), for as many steps as a member trains before.
 """
 
+from worker_server.deadlines import Deadlines
 from worker_server.rounds import Rounds
 from worker_server.work import Instruction, Ticket, refuse
 
@@ -18,6 +20,8 @@ class PlainFedavg(Rounds):
 
     def _prepare(self) -> None:
         """Nothing of a round is kept but its updates."""
+        plan = self.plan
+        self.deadlines = Deadlines(plan.deadline_s, plan.deadline_mads, plan.deadline_s * plan.local_steps)
 
     def _next(self, now: float) -> list[Instruction]:
         return []

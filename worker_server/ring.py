@@ -24,6 +24,7 @@ from shared.secure_aggregation.messages import RingInput, RingKey
 from shared.secure_aggregation.ring import RingServer
 from shared.secure_aggregation.terms import RingTerms
 from shared.wire.envelope import Frame
+from worker_server.deadlines import Kind
 from worker_server.masking import NONCE_BYTES, Next, RoundSum, Summed, Sums, roster_of, summed
 
 
@@ -65,6 +66,13 @@ class RingSum:
     def unmasking(self) -> bool:
         """Whether the sum is there to be seen: all inputs have come."""
         return bool(self.summed)
+
+    @property
+    def collecting(self) -> Kind:
+        """What the members' messages of this phase are. Local training comes before the first."""
+        if not self._ring.sessions:
+            return "keys"
+        return "update" if self.phase == 0 else "input"
 
     def take(self, client: str, message: Mask, frames: Iterable[Frame]) -> None:
         """Raises PeerError; nothing changes then."""

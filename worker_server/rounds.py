@@ -4,7 +4,8 @@
 
 The members of a round are fixed when it begins; who joins later waits for the next. A member that leaves, or keeps the
 others waiting past the deadline, is left behind: it may join again for the next round. A round with fewer members left
-than the quorum is undone (`Restore`), the others are sent back to its beginning (`Dismiss`), and it begins anew.
+than the quorum is undone (`Restore`), the others are sent back to its beginning (`Dismiss`), and it begins anew; where
+members are late each time, MOST_TRIES times.
 
 With sampling a round takes `sampled` clients, and the others stay in the lobby. They are drawn
 (worker_server/sampling.py) from the clients that were known when the round before ended, and waited for, so that a
@@ -37,7 +38,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from shared.errors import AggregationError, PeerError, ShareError
+from shared.errors import AggregationError, DeadlineExceeded, PeerError, ShareError
 from shared.payload.messages import Mask
 from shared.wire.envelope import Frame
 from worker_server.deadlines import Deadlines, Kind
@@ -58,6 +59,9 @@ from worker_server.work import (
     in_order,
     refuse,
 )
+
+MOST_TRIES = 10
+"""So often a round is begun that members' lateness undoes. Training is deterministic: once more would end the same."""
 
 Stage = Literal["waiting", "training", "undoing", "aggregating", "finished"]
 
@@ -124,6 +128,7 @@ class Rounds(ABC):
         self.update_times: list[float] = []
         self.deadlines = Deadlines(plan.deadline_s, plan.deadline_mads)
         self.works = 0
+        self.tries = 0
         self._prepare()
 
     # What the kinds of training add
@@ -295,7 +300,7 @@ class Rounds(ABC):
         return self._next_round([SumFailed(self.round, failure.message, named), *put_out])
 
     def _next_round(self, said: list[Instruction]) -> list[Instruction]:
-        self.round += 1
+        self.round, self.tries = self.round + 1, 0
         answers = [t for s, t in self.updates.items() if s in self.active]
         self.active = {}
         self._forget_updates()
@@ -313,13 +318,27 @@ class Rounds(ABC):
     # Time
 
     def tick(self, now: float) -> list[Instruction]:
-        """Leave behind the members that missed a deadline."""
+        """Leave behind the members that missed a deadline. Raises DeadlineExceeded where that undoes a round once more
+        than MOST_TRIES allow.
+        """
         if self.stage != "training":
             return []
         late = tuple(self._late(now))
+        names = sorted(self.active[session] for session in late)
         ends = bool(late) and self.sum is not None and self.sum.ends_with_late
         goes_on = self._drop(late, now) or self._start(now)
+        if late:
+            self._check_tries(names)
         return [Dismiss(late, late=True), *goes_on] if ends else goes_on
+
+    def _check_tries(self, late: Sequence[str]) -> None:
+        self.tries += self.stage in ("undoing", "waiting")
+        if self.tries == MOST_TRIES:
+            raise DeadlineExceeded(
+                f"round {self.round + 1} was begun {self.tries} times, and members were late each time, the last time "
+                f"{', '.join(late)}",
+                hint="make a job with a larger cohort.deadline_s, or with a cohort.quorum that can do without them",
+            )
 
     def deadline(self) -> float | None:
         """When `tick` is next due."""
@@ -364,9 +383,7 @@ class Rounds(ABC):
     @property
     def _collecting(self) -> Kind:
         """What `updates` holds."""
-        if self.sum is None or self.sum.phase == 0:
-            return "update"
-        return "open" if self.sum.phase == OPENING else "mask"
+        return "update" if self.sum is None else self.sum.collecting
 
     def _ask_to_open(self, sum: RoundSum, now: float) -> list[Instruction]:
         """What is due next is one member's, whose request is answered; all others wait."""

@@ -42,7 +42,8 @@ class Rounds(Settings):
 
 
 class Cohort(Settings):
-    """Who steps together. Training starts with `clients` clients; a step waits `deadline_s` for the last of them.
+    """Who steps together. Training starts with `clients` clients; a step waits `deadline_s` for the last of them, in
+    plain FedAvg a round so long for each of its local steps.
 
     `sampled`: a round takes so many of the clients that are known by then, drawn from training.seed; null takes all.
     `quorum`: with fewer members a round is undone, and waits for those who are missing; by default with any fewer than

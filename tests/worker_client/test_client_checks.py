@@ -4,17 +4,20 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
-from shared.errors import HandshakeError, ModelError, Refused
+from shared.errors import HandshakeError, ModelError, Refused, SchemaError
 from shared.invitations import BrokerAt, Invitation
 from shared.job import Job
 from shared.model.checkpoint import Checkpoint
 from shared.model.families import context_length
-from shared.payload.messages import Welcome
+from shared.payload.messages import RoundStart, Welcome
 from worker_client.client import agreed_job, check_same_model, load_tokenizer
+from worker_client.link import Answer, Link
+from worker_client.remote_trunk import RemoteTrunk
 
 JOB = Job(model_name_or_path="m")
 
@@ -79,3 +82,23 @@ def test_a_model_without_a_tokenizer_is_named(tmp_path: Path) -> None:
 def test_the_context_is_the_models() -> None:
     assert context_length(SimpleNamespace(max_position_embeddings=64)) == 64
     assert context_length(SimpleNamespace()) == 2**20
+
+
+@pytest.mark.parametrize(("round", "taken"), [(0, True), (1, True), (2, False), (2**40, False)])
+def test_no_round_is_trained_beyond_those_of_the_job(round: int, taken: bool) -> None:
+    """Whatever the server says: policy and privacy were held against these many."""
+
+    class Answering:
+        def next_request(self) -> int:
+            return 1
+
+        def call(self, *_: Any, **__: Any) -> Answer:
+            return Answer(RoundStart(request=1, round=round, members=1), [])
+
+    job = Job.model_validate({"model_name_or_path": "m", "rounds": {"count": 2}})
+    trunk = RemoteTrunk(cast(Link, Answering()), job, 1.0)
+    if taken:
+        assert trunk.join(5).round == round
+    else:
+        with pytest.raises(SchemaError, match=rf"begins round {round + 1} of 2 \(rounds.count\)"):
+            trunk.join(5)

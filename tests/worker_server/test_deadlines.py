@@ -3,13 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
+from shared.errors import DeadlineExceeded
+from shared.identity import generate_identity
+from shared.job import parse_job
+from shared.payload.messages import Mask
+from shared.secure_aggregation.client import Client
+from worker_client.ring import RingPlace
 from worker_server.deadlines import FLOOR_S, LEAST, WINDOW, Deadlines, Kind
 from worker_server.lockstep import Lockstep
+from worker_server.masking import Sums
 from worker_server.plain_fedavg import PlainFedavg
-from worker_server.rounds import Plan, Rounds
-from worker_server.work import Aggregate, RunForward, Ticket
+from worker_server.ring import Rings, RingSum
+from worker_server.rounds import MOST_TRIES, Plan, Rounds
+from worker_server.work import Aggregate, Dismiss, RunForward, Ticket
 
 NAMES = ("anna", "berta", "clara", "dora")
 LIMIT = 100.0
@@ -161,9 +170,84 @@ def test_in_plain_fedavg_updates_are_waited_for_so(mads: float | None) -> None:
         now += 100
     for name in NAMES[:3]:
         rounds.update(ticket(name, 5), LEAST, now)
-    due = 9 if mads else LIMIT
+    due = 9 if mads else LIMIT * 40  # a step's, for all local steps
     assert rounds.deadline() == now + due
     assert rounds.tick(now + due - 0.1) == []
     (work,) = rounds.tick(now + due)
     assert isinstance(work, Aggregate)
     assert [t.client for t in work.updates] == [*NAMES[:3]]
+
+
+def test_who_is_late_each_time_ends_it() -> None:
+    """Where all are needed, the round would be begun for ever."""
+    rounds, now = PlainFedavg(plan(quorum=4, deadline_mads=None)), 0.0
+    for number in range(MOST_TRIES):
+        for name in NAMES:
+            rounds.joined(ticket(name), now)
+        for name in NAMES[:3]:
+            rounds.update(ticket(name, 5), 0, now)
+        now += 40 * LIMIT
+        if number < MOST_TRIES - 1:
+            (dismissed,) = rounds.tick(now)
+            assert isinstance(dismissed, Dismiss)
+    with pytest.raises(DeadlineExceeded, match=r"round 1 was begun 10 times, .* the last time dora") as stopped:
+        rounds.tick(now)
+    assert "cohort.deadline_s" in (stopped.value.hint or "")
+
+
+def test_a_round_that_ends_may_begin_as_often_again() -> None:
+    rounds, now = PlainFedavg(plan(quorum=4, deadline_mads=None)), 0.0
+    for number in range(3):
+        for attempt in range(MOST_TRIES):
+            for name in NAMES:
+                rounds.joined(ticket(name), now)
+            late = attempt < MOST_TRIES - 1
+            for name in NAMES[:3] if late else NAMES:
+                rounds.update(ticket(name, 5), number, now)
+            now += 40 * LIMIT
+            if late:
+                rounds.tick(now)
+        rounds.aggregation_done()
+    assert rounds.round == 3
+
+
+@pytest.mark.parametrize("secure", ["secagg", "ring"])
+def test_messages_of_a_masked_sum_have_deadlines_of_their_own(secure: str) -> None:
+    """One of them is as long as what is trained; beside short ones it would be late round after round."""
+    job = parse_job(
+        {
+            "model_name_or_path": "m",
+            "training": {"parts": ["head", "tail"]},
+            "cohort": {"clients": 4},
+            "aggregation": {"secure": secure},
+        },
+        "job",
+    )
+    people = {name: generate_identity(name) for name in NAMES}
+    made = (Rings if secure == "ring" else Sums)(job, {"w": (3,)})
+    publics = {name: each.public for name, each in people.items()}
+    sum: Any = made.begin(0, publics, {name: name.encode() for name in NAMES})
+    assert sum.collecting == "keys"
+    if isinstance(sum, RingSum):
+        for name, each in people.items():
+            place = RingPlace(sum.terms, sum.announcement.nonce, each)
+            sum.take(name, Mask(request=1, round=0, body=place.member.advertise_key()), [])
+        sum.close(NAMES)
+        assert sum.collecting == "input"
+        assert made.begin(1, publics, {name: name.encode() for name in NAMES}).collecting == "update"
+        return
+    clients = [Client(sum.terms, people[name]) for name in NAMES]
+    bodies: list[Any] = [client.advertise_keys() for client in clients]
+    for kind in ("keys", "shares"):
+        assert sum.collecting == kind
+        for name, body in zip(NAMES, bodies, strict=True):
+            sum.take(name, Mask(request=1, round=0, body=body), [])
+        told = sum.close(NAMES)
+        if kind == "keys":
+            bodies = [client.share_keys(told[name]) for client, name in zip(clients, NAMES, strict=True)]
+    assert sum.collecting == "input"
+    for client, name in zip(clients, NAMES, strict=True):
+        body, words = client.mask_input(told[name], np.ones(3, np.float32), 1)
+        sum.take(name, Mask(request=1, round=0, body=body), [words.data])
+    sum.close(NAMES)
+    assert sum.collecting == "unmask"

@@ -38,10 +38,10 @@ def test_who_is_late_after_the_first_update_is_left_behind(rounds: PlainFedavg) 
     assert rounds.deadline() is None
     assert rounds.tick(1000) == []
     rounds.update(ticket(A, 2), 0, 1000)
-    assert rounds.deadline() == 1010
-    assert rounds.tick(1009.9) == []
-    assert rounds.tick(1010) == [Aggregate(0, (ticket(A, 2),))]
-    [refused] = rounds.update(ticket(B, 2), 0, 1011)
+    assert rounds.deadline() == 1030  # three local steps, 10 s each
+    assert rounds.tick(1029.9) == []
+    assert rounds.tick(1030) == [Aggregate(0, (ticket(A, 2),))]
+    [refused] = rounds.update(ticket(B, 2), 0, 1031)
     assert isinstance(refused, Refuse)
     assert refused.code == "wrong_step"
 
