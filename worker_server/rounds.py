@@ -20,7 +20,8 @@ or two where that is to be made (worker_server/ring.py). Each phase of the sum i
 same deadline: `updates` holds the phase's messages. Once members were asked to help unmask, or all inputs of a ring are
 there (`Bind`), who is in the sum is settled: the round may only be done again among the same (two sums of the same
 updates among different members differ by an update). So then a round that needs all of them waits until they are back;
-a round that does not, ends without the sum if too few are left to unmask it. Who dealt wrong shares is barred.
+a round that does not, ends without the sum if too few are left to unmask it, or come back to a server that was started
+again. Who dealt wrong shares is barred.
 
 Under a group's key the server cannot read the sum once the masks are off (`uncovered`). It asks one of those in it, the
 first by name, to open it and seal the averages for all; if that one leaves or is late, the next, and so on. With nobody
@@ -251,6 +252,23 @@ class Rounds(ABC):
         """Every replica may begin."""
         self.held = False
         return self._begin_round() if self.stage == "waiting" else []
+
+    def wait_no_longer(self) -> list[Instruction]:
+        """Clients of a job that was resumed have had their time to come back: its rounds go on as in a running server,
+        with those that the quorum asks for. A sum that was asked for before and lacks somebody is not made again.
+        """
+        plan = self.plan
+        if self.stage != "waiting" or self.held:
+            return []
+        if self.bound and self.missing and plan.needed <= len(self._drawn()):
+            gone = ", ".join(self.awaited)
+            self.stage = "aggregating"
+            failed = SumFailed(self.round, f"it can only be made again with {gone}, not back in time", ())
+            return [failed, Aggregate(self.round, (), tuple(sorted(self.known)))]
+        if self.round == 0 or self.started or (plan.sampled is None and plan.needed >= plan.clients):
+            return []
+        self.started = True
+        return self._begin_round()
 
     def only(self, admitted: frozenset[str]) -> list[Instruction]:
         """Who is not among `admitted` will not come (back): nobody waits for him if he was drawn."""

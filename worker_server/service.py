@@ -126,6 +126,8 @@ class Service:
         self.stranded: set[bytes] = set()
         # Members of the last round that have not yet taken its result: they may have been killed, and come back.
         self.owed: set[str] = set()
+        # When the clients of a job that was resumed have had their time to come back.
+        self.back_by = 0.0
         # Those for whom a round waits, as the log has it.
         self.awaited: list[str] = []
 
@@ -142,6 +144,7 @@ class Service:
         self.brokers.open(self.settings.connect_timeout_s, lambda: self.state is State.STOPPING)
         event(logger, "server_ready", brokers=self.brokers.addresses, round=self.rounds.round)
         self.engine.start()
+        self.back_by = time.monotonic() + self.rounds.plan.deadline_s
         poller = zmq.Poller()
         for connection in self.brokers.connections:
             poller.register(connection.socket, zmq.POLLIN)
@@ -165,6 +168,8 @@ class Service:
         for outcome in self.engine.collect():
             self._deliver(outcome, now)
         self._carry_out(self.rounds.tick(now))
+        if now > self.back_by:
+            self._carry_out(self.rounds.wait_no_longer())
         if self.replicas is not None:
             self._heed(self.replicas)
         for session in self.sessions.silent(now - self.settings.silent_session_s):

@@ -265,6 +265,26 @@ def test_where_fewer_suffice_the_others_go_on_without_whoever_vanished(
     assert (tmp_path / "a" / "flglm.json").exists()
 
 
+def test_and_so_they_do_with_a_server_that_was_started_again(job: Job, data: dict[str, Path], tmp_path: Path) -> None:
+    """It waits for whoever was there, `cohort.deadline_s` long."""
+    few = job.model_copy(update={"cohort": job.cohort.model_copy(update={"quorum": 1, "deadline_s": 3.0})})
+
+    def die() -> None:
+        raise Killed
+
+    seen: list[dict[str, Any]] = []
+    with living(few, data, tmp_path) as house:
+        clients = [Background(name, lambda n=name: house.run(n, once(6, die))) for name in NAMES]
+        for client in clients:
+            with pytest.raises(Killed):
+                client.join()
+    with living(few, data, tmp_path) as house:
+        house.run("a", seen.append)
+        house.service.join()
+    assert [(event["round"], event["members"]) for event in seen if event["event"] == "round"] == [(1, 1), (2, 1)]
+    assert (tmp_path / "a" / "flglm.json").exists()
+
+
 def test_a_clock_that_jumps_changes_nothing(
     job: Job, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -216,6 +216,33 @@ def test_a_resumed_job_goes_on_at_its_round_and_waits_for_all_clients() -> None:
     assert lockstep.joined(ticket(B), 0) == [StartRound(3, (ticket(A), ticket(B)))]
 
 
+def test_who_does_not_come_back_to_a_resumed_job_is_waited_for_as_the_quorum_says() -> None:
+    def resumed(**settings: Any) -> Lockstep:
+        return Lockstep(
+            Plan(clients=3, rounds=5, local_steps=1, deadline_s=1, **settings), round=3, known=NAMES.values()
+        )
+
+    all_needed, two_needed, drawn = resumed(quorum=3), resumed(quorum=2), resumed(quorum=1, sampled=1, seed=0)
+    for lockstep in (all_needed, two_needed, drawn):
+        assert lockstep.joined(ticket(A), 0) == []
+        assert lockstep.missing == 2
+    assert two_needed.wait_no_longer() == []
+    assert two_needed.missing == 1
+    assert two_needed.joined(ticket(B), 2) == [StartRound(3, (ticket(A), ticket(B)))]
+    assert all_needed.wait_no_longer() == []
+    assert all_needed.joined(ticket(B), 2) == []
+    assert all_needed.missing == 1
+    begun = [*drawn.wait_no_longer(), *drawn.joined(ticket(B), 2), *drawn.joined(ticket(C), 2)]
+    assert [type(each) for each in begun] == [StartRound]
+
+
+def test_a_new_job_begins_with_all_its_clients_however_long_that_takes() -> None:
+    lockstep = Lockstep(Plan(clients=2, rounds=5, local_steps=1, deadline_s=1))
+    assert lockstep.joined(ticket(A), 0) == []
+    assert lockstep.wait_no_longer() == []
+    assert lockstep.missing == 1
+
+
 def test_a_round_that_loses_more_than_the_quorum_allows_is_undone_and_waits_for_who_is_missing() -> None:
     lockstep = Lockstep(Plan(clients=3, rounds=5, local_steps=2, deadline_s=10, quorum=2))
     for session in (A, B, C):

@@ -333,6 +333,34 @@ def test_a_server_that_was_killed_while_it_unmasked_waits_for_the_same_members()
     assert [member.name for member in start.sum.members] == list(NAMES[:3])
 
 
+def test_it_does_not_wait_for_them_for_ever_if_fewer_suffice() -> None:
+    """Then it ends without its sum, as it would have, had they been lost while it was unmasked."""
+    job = job_of(clients=4, quorum=3)
+    rounds = make_rounds(job, 0, sums=Sums(job, SHAPES), bound=frozenset(NAMES))
+    tickets = [Ticket(name.encode(), name, 1, None, public=KEYS[name].public) for name in NAMES]
+    for ticket in tickets[:2]:
+        assert rounds.joined(ticket, 0) == []
+    assert rounds.wait_no_longer() == []  # too few for any round
+    assert rounds.joined(tickets[3], 0) == []
+    failed, aggregate = rounds.wait_no_longer()
+    assert isinstance(failed, SumFailed)
+    assert "clara, not back in time" in failed.reason
+    assert isinstance(aggregate, Aggregate)
+    assert (aggregate.round, aggregate.updates, aggregate.sum) == (0, (), None)
+    started = rounds.aggregation_done() or rounds.wait_no_longer() or rounds.joined(tickets[2], 0)
+    assert isinstance(started[0], StartRound)
+    assert started[0].round == 1
+
+
+def test_it_waits_if_all_are_needed() -> None:
+    job = job_of(clients=4)
+    rounds = make_rounds(job, 1, sums=Sums(job, SHAPES), bound=frozenset(NAMES))
+    for name in NAMES[:3]:
+        rounds.joined(Ticket(name.encode(), name, 1, None, public=KEYS[name].public), 0)
+    assert rounds.wait_no_longer() == []
+    assert rounds.awaited == [NAMES[3]]
+
+
 @pytest.mark.parametrize("phase", PHASES[:3])
 def test_it_goes_on_with_nobody_less_though_fewer_would_suffice(phase: str) -> None:
     play = Play(job_of(quorum=3))
