@@ -228,9 +228,10 @@ def _secure(job: "Job") -> Iterator[str]:
     if not job.handed_in:
         yield f"{name} has nothing to mask: training.parts={list(job.training.parts)} leaves out what clients hold"
     if needed < MIN_CLIENTS:
+        least = MIN_CLIENTS if job.secure == "ring" else least_quorum(max(members, MIN_CLIENTS))
         yield (
             f"{name} needs rounds of {MIN_CLIENTS} clients at least, in which a sum hides something; cohort.quorum is "
-            f"{needed}: raise it (and cohort.clients), or {see_all}"
+            f"{needed}: set it to {least} at least (and as many cohort.clients), or {see_all}"
         )
         return
     if aggregation.needs_single_updates:

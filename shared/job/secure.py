@@ -35,10 +35,10 @@ def why_off(job: "Job") -> str | None:
         return "nothing of head and tail is trained, so no update leaves a client"
     if job.aggregation.secure == "off":
         return "aggregation.secure=off: the server sees every client's update"
-    if job.cohort.needed < MIN_CLIENTS:
+    if job.cohort.members < MIN_CLIENTS:
         return (
-            f"rounds of {job.cohort.needed} clients (cohort.clients, cohort.quorum): a sum of fewer than {MIN_CLIENTS} "
-            "hides nothing, so the server sees every client's update"
+            f"rounds of {job.cohort.members} clients (cohort.clients, cohort.sampled): a sum of fewer than "
+            f"{MIN_CLIENTS} hides nothing, so the server sees every client's update"
         )
     return None
 

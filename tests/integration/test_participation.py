@@ -454,6 +454,7 @@ def test_a_slow_client_is_left_behind_long_before_the_limit_and_comes_back(
     job = job_of(
         model,
         {"clients": 3, "quorum": 2, "deadline_s": 3600, "deadline_mads": 5},
+        aggregation={"secure": "off"},
         rounds={"count": 12, "local_steps": 2 if trunk == "client" else 8},
         split={"trunk": trunk},
     )

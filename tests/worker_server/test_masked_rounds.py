@@ -731,6 +731,7 @@ def test_the_vector_is_the_difference_in_the_order_of_names() -> None:
         ({"aggregation": {"lora": "exact"}, "cohort": {"clients": 3}}, "aggregation.lora=exact looks at every"),
         ({"aggregation": {"secure": "secagg"}, "cohort": {"clients": 2}}, "needs rounds of 3 clients at least"),
         ({"aggregation": {"secure": "secagg+"}, "cohort": {"clients": 5, "quorum": 2}}, "cohort.quorum is 2"),
+        ({"cohort": {"clients": 5, "quorum": 2}}, "cohort.quorum is 2: set it to 4 at least"),
         ({"cohort": {"clients": 10, "quorum": 3}}, "set it to 6 at least, or set aggregation.secure=off"),
         ({"cohort": {"clients": 5, "replicas": 2}}, "cohort.replicas=2 leave one 2 of cohort.clients=5"),
         ({"aggregation": {"secure": "secagg"}, "training": {"parts": ["trunk"]}, "cohort": {"clients": 3}}, "nothing"),
@@ -759,7 +760,7 @@ def test_a_bare_off_in_yaml_is_the_word(tmp_path: Path) -> None:
     [
         ({"cohort": {"clients": 3}}, "secagg"),
         ({"cohort": {"clients": 2}}, "off"),
-        ({"cohort": {"clients": 5, "quorum": 2}}, "off"),
+        ({"cohort": {"clients": 5, "sampled": 2}}, "off"),
         ({"cohort": {"clients": 3}, "training": {"parts": ["trunk"]}}, "off"),
         ({"cohort": {"clients": 3}, "aggregation": {"type": "fedavg", "secure": "off"}}, "off"),
         ({"cohort": {"clients": 3}, "split": {"trunk": "client"}, "training": {"parts": ["trunk"]}}, "secagg"),

@@ -215,6 +215,7 @@ def test_the_jobs_settings_reach_the_machine() -> None:
             "model_name_or_path": "m",
             "training": {"seed": 9},
             "cohort": {"clients": 5, "sampled": 3, "quorum": 2, "deadline_mads": 4},
+            "aggregation": {"secure": "off"},
         },
         "job",
     )
