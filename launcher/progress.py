@@ -81,7 +81,7 @@ class ClientProgress:
             case "update_repeated":
                 self.progress.console.print(f"the update of round {event['round'] + 1} is handed in again, as it was")
             case "rounds_missed":
-                self.progress.console.print(f"the others are at round {event['round']}; joining there")
+                self.progress.console.print(f"the others are at round {event['round'] + 1}; joining there")
 
 
 def privacy_lines(event: dict[str, Any]) -> list[str]:
