@@ -244,7 +244,7 @@ def _curves(joint: LocalRun, baselines: Mapping[str, Baseline], metric: str) -> 
     curves = []
     for name, events in sorted(joint.events.items()):
         steps = {event["step"] + 1: event["loss"] for event in events if event.get("event") == "step"}
-        rounds = {event["round"]: event[metric] for event in events if event.get("event") == "evaluation"}
+        rounds = {event["rounds"]: event[metric] for event in events if event.get("event") == "evaluation"}
         curves.append(Curve(name=name, kind="loss", points=sorted(steps.items())))
         curves.append(Curve(name=name, kind="validation", points=sorted(rounds.items())))
     for name, baseline in baselines.items():

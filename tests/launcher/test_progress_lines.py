@@ -16,7 +16,11 @@ from launcher.progress import ClientProgress
         ({"event": "update_repeated", "round": 4}, "the update of round 5 is handed in again"),
         ({"event": "update_clipped", "round": 4, "values": 3, "to": 1024.0}, "3 values of round 5's update"),
         ({"event": "shares_refused", "round": 4, "reason": "x"}, "left out of the sum of round 5: x"),
-        ({"event": "resumed", "round": 4}, "resumed after 4 rounds"),
+        ({"event": "resumed", "rounds": 4}, "resumed after 4 rounds"),
+        (
+            {"event": "evaluation", "rounds": 4, "loss": 1.5, "accuracy": 0.5, "rows": 8},
+            "after 4 rounds: held-out loss 1.5",
+        ),
     ],
     ids=lambda value: value["event"] if isinstance(value, dict) else "",
 )
