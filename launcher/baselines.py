@@ -1,7 +1,8 @@
 """What the joint run is compared with: the same model trained whole, in one process, with plain transformers and peft.
 
-Each hospital alone, and one run on the pooled rows: every step takes the rows that the clients would take in it. Rows
-are padded, as people do; none of the splitting or packing code is used.
+Each hospital alone, and one run on the pooled rows: every step takes the rows that the clients would take in it, and
+trains what the job trains of the model. Gradients are clipped by the norm of all that is trained, as in one process,
+not party by party. Rows are padded, as people do; none of the splitting or packing code computes anything.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -60,19 +61,35 @@ def fit_whole(
     model: nn.Module = load_whole(job).to(device)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = PartOptimizer(trainable, job.training, job.total_steps)
-    size, seed = job.training.per_device_train_batch_size, job.training.seed
     losses: list[float] = []
     model.train()
     for step in range(job.total_steps):
-        rows = [r[i] for _, r in sorted(train.items()) for i in batch_indices(len(r), size, step, seed)]
-        batch = pack_rows(rows)
-        loss = F.cross_entropy(padded_logits(model, batch).float(), batch.targets.to(device))
-        torch.autograd.backward(loss)
+        losses.append(_accumulate(model, _micro_batches(job, train, step)))
         optimizer.step()
-        losses.append(float(loss.detach()))
         if report is not None:
             report(step + 1)
     return model.eval(), losses
+
+
+def _micro_batches(job: Job, train: Mapping[str, Sequence[Row]], step: int) -> list[Batch]:
+    """What all clients would take in this step (from 0): of each of its micro-batches the rows of all, as one batch."""
+    count = job.training.gradient_accumulation_steps
+    size, seed = job.training.per_device_train_batch_size, job.training.seed
+    return [
+        pack_rows([rows[i] for _, rows in sorted(train.items()) for i in batch_indices(len(rows), size, number, seed)])
+        for number in range(step * count, (step + 1) * count)
+    ]
+
+
+def _accumulate(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """The mean loss of all target tokens of the batches, whose gradient is added to the parameters'."""
+    total, tokens = 0.0, sum(batch.target_tokens for batch in batches)
+    for batch in batches:
+        logits = padded_logits(model, batch).float()
+        loss = F.cross_entropy(logits, batch.targets.to(logits.device)) * (batch.target_tokens / tokens)
+        torch.autograd.backward(loss)
+        total += float(loss.detach())
+    return total
 
 
 def load_whole(job: Job) -> Any:

@@ -12,36 +12,51 @@ from rich.text import Text
 
 from launcher.output import Format, FormatOption, fail, succeed
 from launcher.svg import plain
-from shared.errors import DataError
-from shared.job import Data
+from shared.errors import DataError, JobError, UsageError
+from shared.job import Job, load_job, parse_job
 
 if TYPE_CHECKING:
     from worker_client.data_check import Example, Survey
 
 
+TooLong = Literal["truncate", "skip"]
+
+
 def check_data(
     file: Annotated[Path, typer.Argument(help="rows: JSON lines, or a .json, .csv or .parquet file")],
-    model: Annotated[str, typer.Option("--model", help="the job's model, for its tokenizer (folder or hub id)")],
+    job: Annotated[
+        Path | None, typer.Option("--job", help="the job file: model, lengths and virtual tokens are as it says")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="without --job: the model, for its tokenizer (folder or hub id)")
+    ] = None,
     max_length: Annotated[
-        int, typer.Option("--max-length", min=2, help="the job's data.max_length; never more than the model takes")
-    ] = Data().max_length,
+        int | None,
+        typer.Option(
+            "--max-length",
+            help="without --job: its data.max_length, by default 256; never more than the model takes, and as for a "
+            "method without virtual tokens",
+        ),
+    ] = None,
     too_long: Annotated[
-        Literal["truncate", "skip"], typer.Option("--too-long", help="the job's data.too_long")
-    ] = "truncate",
+        TooLong | None, typer.Option("--too-long", help="without --job: its data.too_long, by default truncate")
+    ] = None,
     format: FormatOption = Format.TXT,
 ) -> None:
     """Before training: shapes and lengths of the rows, what is cut or left out and why, the first row's tokens."""
     from transformers.utils.logging import set_verbosity_error
 
-    from shared.model.checkpoint import Checkpoint
+    from shared.model.checkpoint import checkpoint_of
     from shared.model.families import context_length
+    from shared.model.methods import longest_row
     from worker_client.client import load_tokenizer
     from worker_client.data_check import survey
 
     set_verbosity_error()  # of rows longer than the model takes; they are counted here
-    checkpoint = Checkpoint(model)
-    limit = min(max_length, context_length(checkpoint.config))
-    found = survey(file, load_tokenizer(checkpoint), max_length=limit, too_long=too_long)
+    asked = _job_of(model, max_length, too_long) if job is None else _job_in(job, model, max_length, too_long)
+    checkpoint = checkpoint_of(asked)
+    limit = longest_row(asked, context_length(checkpoint.config))
+    found = survey(file, load_tokenizer(checkpoint), max_length=limit, too_long=asked.data.too_long)
     if format is Format.TXT:
         console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
         for line in described(found):
@@ -63,6 +78,35 @@ def check_data(
     )
     fail(error, machine=format is not Format.TXT, data=asdict(found))
     raise typer.Exit(error.exit_code)
+
+
+def _job_of(model: str | None, max_length: int | None, too_long: TooLong | None) -> Job:
+    """A job of that model, without virtual tokens. Raises UsageError, JobError."""
+    if model is None:
+        raise UsageError("rows are cut as a job says", hint="name its file with --job, or its model with --model")
+    given = {"max_length": max_length, "too_long": too_long}
+    values = {
+        "model_name_or_path": model,
+        "data": {name: value for name, value in given.items() if value is not None},
+        "training": {"per_device_train_batch_size": 1},  # rows are looked at one by one, however long
+        "cohort": {"max_batch_tokens": 2**24},
+    }
+    return parse_job(values, "--model, --max-length, --too-long")
+
+
+def _job_in(path: Path, model: str | None, max_length: int | None, too_long: TooLong | None) -> Job:
+    """The job of the file. Raises JobError, for an option that says something else too."""
+    job = load_job(path)
+    for option, given, setting, value in (
+        ("--model", model, "model_name_or_path", job.model_name_or_path),
+        ("--max-length", max_length, "data.max_length", job.data.max_length),
+        ("--too-long", too_long, "data.too_long", job.data.too_long),
+    ):
+        if given is not None and given != value:
+            raise JobError(
+                f"{option} {given} contradicts {path}: {setting}={value}", hint=f"leave out {option}, or --job"
+            )
+    return job
 
 
 def described(found: "Survey") -> list[str]:

@@ -19,8 +19,9 @@ from launcher.demo_view import DemoView
 from launcher.local_run import VALIDATION_FRACTION, LocalRun, Site, train_together
 from launcher.output import Format, emit
 from launcher.report import ClientPrivacy, ClientQuality, Curve, Process, Quality, Report, summary_table, write_report
+from launcher.whole_models import check_whole
 from shared.errors import DataError, JobError
-from shared.job import Job, load_job
+from shared.job import Job, load_job, parse_job
 from shared.job.secure import seen_of, why_off
 from shared.model.checkpoint import checkpoint_of
 from shared.model.families import context_length
@@ -99,22 +100,23 @@ def _prepare(settings: DemoSettings) -> tuple[Job, list[Site]]:
 
 
 def _with(settings: DemoSettings, job: Job) -> Job:
-    """The job file's settings, if one is given, and --steps, over the demo's."""
+    """The job file's settings, if one is given, and --steps, over the demo's. Raises JobError, for what plain training
+    cannot be compared with too.
+    """
     if settings.job is not None:
-        loaded = load_job(settings.job)
-        job = loaded.model_copy(
-            update={
-                "model_name_or_path": job.model_name_or_path,
-                "cohort": loaded.cohort.model_copy(update={"clients": job.cohort.clients}),
-            }
-        )
+        clients = job.cohort.clients
+        values = load_job(settings.job).model_dump(mode="json")
+        values["model_name_or_path"] = job.model_name_or_path
+        values["cohort"]["clients"] = clients
+        job = parse_job(values, f"{settings.job}, with the demo's {clients} clients")
+        check_whole(job)
     if settings.steps is not None:
         local = min(job.rounds.local_steps, settings.steps)
         if settings.steps % local:
             raise JobError(f"--steps {settings.steps} is not a multiple of the {local} steps of a round")
-        job = job.model_copy(
-            update={"rounds": job.rounds.model_copy(update={"count": settings.steps // local, "local_steps": local})}
-        )
+        values = job.model_dump(mode="json")
+        values["rounds"] |= {"count": settings.steps // local, "local_steps": local}
+        job = parse_job(values, f"{settings.job or 'the demo'}, with --steps {settings.steps}")
     return job
 
 
@@ -242,7 +244,7 @@ def _curves(joint: LocalRun, baselines: Mapping[str, Baseline], metric: str) -> 
     curves = []
     for name, events in sorted(joint.events.items()):
         steps = {event["step"] + 1: event["loss"] for event in events if event.get("event") == "step"}
-        rounds = {event["round"]: event[metric] for event in events if event.get("event") == "evaluation"}
+        rounds = {event["rounds"]: event[metric] for event in events if event.get("event") == "evaluation"}
         curves.append(Curve(name=name, kind="loss", points=sorted(steps.items())))
         curves.append(Curve(name=name, kind="validation", points=sorted(rounds.items())))
     for name, baseline in baselines.items():

@@ -19,7 +19,7 @@ def demo(
         Path | None, typer.Option("--data", help="with --model: a folder with one JSONL file a client")
     ] = None,
     job: Annotated[
-        Path | None, typer.Option("--job", help="a job file to start from; the model is set by --model")
+        Path | None, typer.Option("--job", help="a job file to start from; model and number of clients are the demo's")
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="how many steps to train")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="seed of data, model and order")] = 0,

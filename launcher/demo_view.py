@@ -42,6 +42,6 @@ class DemoView:
             self.progress.update(self.tasks[name], completed=event["step"] + 1, note=f"loss {event['loss']:.3f}")
         elif event.get("event") == "evaluation":
             self.console.print(
-                f"  after {event['round']:3} rounds  {name:12} held-out loss {event['loss']:.3f}, "
+                f"  after {event['rounds']:3} rounds  {name:12} held-out loss {event['loss']:.3f}, "
                 f"accuracy {event['accuracy']:.1%}"
             )

@@ -51,12 +51,12 @@ class ClientProgress:
             case "shares_refused":
                 self.progress.console.print(f"left out of the sum of round {event['round'] + 1}: {event['reason']}")
             case "resumed":
-                self.progress.console.print(f"resumed after {event['round']} rounds")
+                self.progress.console.print(f"resumed after {event['rounds']} rounds")
             case "round":
                 self.progress.update(self.task, description=f"round {event['round'] + 1}")
             case "evaluation":
                 self.progress.console.print(
-                    f"after {event['round']} rounds: held-out loss {event['loss']:.4f}, "
+                    f"after {event['rounds']} rounds: held-out loss {event['loss']:.4f}, "
                     f"accuracy {event['accuracy']:.1%} of {event['rows']} rows"
                 )
             case "step":
@@ -81,7 +81,7 @@ class ClientProgress:
             case "update_repeated":
                 self.progress.console.print(f"the update of round {event['round'] + 1} is handed in again, as it was")
             case "rounds_missed":
-                self.progress.console.print(f"the others are at round {event['round']}; joining there")
+                self.progress.console.print(f"the others are at round {event['round'] + 1}; joining there")
 
 
 def privacy_lines(event: dict[str, Any]) -> list[str]:

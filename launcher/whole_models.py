@@ -18,6 +18,8 @@ from shared.model.draws import draw_weights
 from shared.model.families import Family
 from shared.model.methods import prefix, prompt
 from shared.model.methods.lora import add_lora, reseed_lora
+from shared.model.plan import SplitPlan
+from shared.model.trainable import trained, weightless_parts
 
 
 def drawn_whole(job: Job) -> Any:
@@ -30,25 +32,40 @@ def drawn_whole(job: Job) -> Any:
     return model
 
 
-def with_method(model: Any, job: Job, family: Family) -> tuple[Any, dict[str, nn.Parameter]]:
-    """The model, or peft's around it, and what all parts of it train, by their names in split training.
+def check_whole(job: Job) -> None:
+    """Raises JobError for what plain peft cannot train in a whole model."""
+    if isinstance(job.method, Prefix) and set(job.training.parts) != {"head", "trunk", "tail"}:
+        raise JobError("peft has no prefixes in some layers alone to compare with: name all of training.parts")
 
-    Raises JobError for what plain peft cannot do.
+
+def with_method(model: Any, job: Job, family: Family) -> tuple[Any, dict[str, nn.Parameter]]:
+    """The model, or peft's around it, and what of it the job trains, by the names and in the parts of split training.
+
+    Raises JobError for what plain peft cannot do, or a split that does not fit the model.
     """
-    model.requires_grad_(isinstance(job.method, Full))
+    plan = SplitPlan(job.split.head_blocks, job.split.tail_blocks, model.config.num_hidden_layers)
+    names = trained(weightless_parts(model.config, plan, job, ("head", "trunk", "tail")))
+    whole, parameters = _with_method(model, job, family)
+    whole.requires_grad_(False)
+    for name in names:
+        parameters[name].requires_grad_(True)
+    return whole, {name: parameters[name] for name in names}
+
+
+def _with_method(model: Any, job: Job, family: Family) -> tuple[Any, dict[str, nn.Parameter]]:
+    """The same with the method in all blocks, and all parameters that it may train."""
+    check_whole(job)
     match job.method:
         case Lora():
             add_lora(model, job.method, family.lora_targets)
             reseed_lora(model.named_parameters(), job.training.seed)
         case Prefix():
-            if set(job.training.parts) != {"head", "trunk", "tail"}:
-                raise JobError("peft has no prefixes in some layers alone to compare with: name all of training.parts")
             return _with_prefix(model, job.method, job.training.seed, family)
         case Prompt():
             return _with_prompt(model, job.method, job.training.seed, family)
         case Full():
             pass
-    return model, {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return model, dict(model.named_parameters())
 
 
 class _ByLayer(nn.Module):

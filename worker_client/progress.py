@@ -143,7 +143,7 @@ class Progress:
         self.carried = carried_in(tensors)
         self.after = carried_in(tensors, AFTER) if facts.get("carries_on") else None
         self.completed = self.trained = number
-        self.report({"event": "resumed", "round": number})
+        self.report({"event": "resumed", "rounds": number})
 
     def _save(self, handed_in: Mapping[str, Tensor]) -> None:
         tensors = {f"trained/{name}": parameter.detach() for name, parameter in self.parts.parameters.items()}

@@ -139,8 +139,8 @@ class Training:
         """What this client counts in a round's mean."""
         return {"tokens": target_tokens, "rows": len(self.rows), "clients": 1}[self.job.rounds.weighting]
 
-    def _evaluate(self, round: int) -> Score | None:
-        """The joint model on the validation rows, in batches of the training size."""
+    def _evaluate(self, rounds: int) -> Score | None:
+        """The joint model after so many rounds on the validation rows, in batches of the training size."""
         if not self.validation:
             return None
         began = time.monotonic()
@@ -155,7 +155,7 @@ class Training:
         self.report(
             {
                 "event": "evaluation",
-                "round": round,
+                "rounds": rounds,
                 "loss": score.loss,
                 "accuracy": score.accuracy,
                 "tokens": score.tokens,

@@ -69,7 +69,7 @@ class Progress:
         """
         central = isinstance(self.job.privacy, CentralPrivacy)
         if state_files.resume(self.folder, self.restore, _refuse_older if central else _say_unreadable):
-            event(logger, "resumed", folder=str(self.folder), round=self.round)
+            event(logger, "resumed", folder=str(self.folder), rounds=self.round)
         else:
             self.save()
 
@@ -167,7 +167,7 @@ class Progress:
         }
         path = state_files.save(self.folder, self.round, tensors, facts, keep=KEPT_CHECKPOINTS)
         self.kept_at = time.monotonic()
-        event(logger, "checkpoint_written", path=str(path), round=self.round)
+        event(logger, "checkpoint_written", path=str(path), rounds=self.round)
 
 
 def _say_unreadable(number: int, error: CheckpointError) -> None:

@@ -142,7 +142,7 @@ class Service:
         Work at hand is finished before it returns; if that was the end of a round, its checkpoint is written.
         """
         self.brokers.open(self.settings.connect_timeout_s, lambda: self.state is State.STOPPING)
-        event(logger, "server_ready", brokers=self.brokers.addresses, round=self.rounds.round)
+        event(logger, "server_ready", brokers=self.brokers.addresses, rounds=self.rounds.round)
         self.engine.start()
         self.back_by = time.monotonic() + self.rounds.plan.deadline_s
         poller = zmq.Poller()

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -15,11 +14,11 @@ from launcher.preflight.resources import Need
 from shared.error_feedback import most_bytes
 from shared.errors import FlglmError
 from shared.job import Job
-from shared.model.carve import Part, empty_part, tie
+from shared.model.carve import Part, empty_part
 from shared.model.checkpoint import Checkpoint
 from shared.model.plan import PartName, SplitPlan
 from shared.model.residuals import Residuals
-from shared.model.trainable import make_trainable, trained
+from shared.model.trainable import trained, weightless_parts
 from shared.payload.codecs import CODECS
 
 FLOAT32 = 4
@@ -179,26 +178,15 @@ def server_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: 
 
 def count(checkpoint: Checkpoint, job: Job, plan: SplitPlan, names: Sequence[PartName]) -> tuple[int, int]:
     """Frozen and trained values in these parts, from the configuration alone: no weights are made."""
-    parts = _parts(checkpoint, job, plan, names)
+    parts = weightless_parts(checkpoint.config, plan, job, names)
     train = sum(parameter.numel() for parameter in trained(parts).values())
     return _values(parts) - train, train
 
 
 def residual_values(checkpoint: Checkpoint, job: Job, plan: SplitPlan, names: Sequence[PartName]) -> int:
     """How many weights `aggregation.lora: exact` adds to in these parts; it sends as many values after a round."""
-    layers = Residuals(_parts(checkpoint, job, plan, names), job).layers
+    layers = Residuals(weightless_parts(checkpoint.config, plan, job, names), job).layers
     return sum(layer.weight.numel() for layer, _ in layers.values())
-
-
-def _parts(checkpoint: Checkpoint, job: Job, plan: SplitPlan, names: Sequence[PartName]) -> list[Part]:
-    """With what is trained in them, and no weights."""
-    parts = [empty_part(checkpoint.config, plan, name) for name in names]
-    if checkpoint.config.tie_word_embeddings and "head" in names and "tail" in names:
-        tie(parts[names.index("head")], parts[names.index("tail")])
-    for part in parts:
-        with torch.device("meta"):
-            make_trainable(part, job)
-    return parts
 
 
 def _values(parts: Sequence[Part]) -> int:

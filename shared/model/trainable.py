@@ -1,6 +1,6 @@
 """What is trained in a part: by name, by shape, and how it is made so by the job's method (shared/model/methods)."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from shared.model.carve import Part, empty_part, load_head_and_tail, load_part, 
 from shared.model.checkpoint import Checkpoint
 from shared.model.methods import METHODS
 from shared.model.methods.lora import drawn_a
-from shared.model.plan import SplitPlan
+from shared.model.plan import PartName, SplitPlan
 
 
 def make_trainable(part: Part, job: Job) -> None:
@@ -56,13 +56,22 @@ def update_shapes(config: Any, plan: SplitPlan, job: Job) -> dict[str, tuple[int
 
     Raises JobError.
     """
-    parts = {name: empty_part(config, plan, name) for name in job.client_parts}
-    if config.tie_word_embeddings:
+    parts = weightless_parts(config, plan, job, job.client_parts)
+    return {name: tuple(parameter.shape) for name, parameter in handed_in(parts, job).items()}
+
+
+def weightless_parts(config: Any, plan: SplitPlan, job: Job, names: Sequence[PartName]) -> list[Part]:
+    """These parts with what the job trains in them, on the meta device: for names and shapes.
+
+    Raises ModelError, JobError.
+    """
+    parts = {name: empty_part(config, plan, name) for name in names}
+    if config.tie_word_embeddings and "head" in parts and "tail" in parts:
         tie(parts["head"], parts["tail"])
     for part in parts.values():
         with torch.device("meta"):
             make_trainable(part, job)
-    return {name: tuple(parameter.shape) for name, parameter in handed_in(parts.values(), job).items()}
+    return list(parts.values())
 
 
 def initial_values(checkpoint: Checkpoint, plan: SplitPlan, job: Job) -> dict[str, Tensor]:

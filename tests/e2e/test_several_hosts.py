@@ -84,8 +84,8 @@ class Layout:
         return [said for said in list(role.events) if said.get("event") == event]
 
     def resumed(self, name: str) -> list[int]:
-        """At which rounds a client came back."""
-        return [said["round"] for said in self.reports(name, "resumed")]
+        """After how many rounds a client came back."""
+        return [said["rounds"] for said in self.reports(name, "resumed")]
 
     def has_done(self, name: str, step: int) -> bool:
         return any(said["step"] >= step for said in self.reports(name, "step"))

@@ -71,6 +71,9 @@ def test_a_run_ends_with_the_trained_parts_on_disk(running: Serving, data: Path,
     assert [event["event"] for event in events] == [
         "data", "updates", "round", "evaluation", "step", "step", "evaluation", "finished",
     ]  # fmt: skip
+    assert [(event.get("round"), event.get("rounds")) for event in events[2:]] == [
+        (0, None), (None, 0), (0, None), (0, None), (None, 1), (None, 1),
+    ]  # fmt: skip
     assert (events[0]["rows"], events[0]["validation_rows"], events[0]["total_steps"]) == (8, 2, 2)
     assert (events[1]["handed_in"], events[1]["secure"]) == (True, "off")
     assert "a sum of fewer than 3 hides nothing" in events[1]["why_off"]

@@ -198,7 +198,7 @@ def test_a_killed_client_that_comes_back_changes_nothing(job: Job, data: dict[st
         house.run("b")
         stays.join()
         house.service.join()
-    assert [event["round"] for event in seen if event["event"] == "resumed"] == [1]
+    assert [event["rounds"] for event in seen if event["event"] == "resumed"] == [1]
     assert_equal(results(tmp_path / "cut"), calm)
 
 
@@ -241,7 +241,7 @@ def test_a_connection_that_vanishes_without_a_word_changes_nothing(
 
         train(house, {"b": report})
         assert house.brokers[0][0].router.counters["refused_timed_out"] == 1
-    assert [event["round"] for event in seen if event["event"] == "resumed"] == [1]
+    assert [event["rounds"] for event in seen if event["event"] == "resumed"] == [1]
     assert_equal(results(tmp_path / "cut"), calm)
 
 

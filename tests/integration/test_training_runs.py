@@ -175,7 +175,7 @@ def test_a_corrupt_last_checkpoint_of_a_client_is_said_and_the_one_before_used(m
     assert [event["event"] for event in events if event["event"] != "step"][:5] == [
         "checkpoint_unreadable", "resumed", "checkpoint_unreadable", "rounds_missed", "round",
     ]  # fmt: skip
-    assert (events[0]["number"], events[1]["round"]) == (2, 1)
+    assert (events[0]["number"], events[1]["rounds"]) == (2, 1)
     assert "checkpoint-2" in events[0]["reason"]
     assert events[-1]["event"] == "finished"
 

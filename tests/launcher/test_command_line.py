@@ -162,6 +162,33 @@ def test_unreadable_rows_are_named_before_any_process_starts(
     assert not (folder / "out" / "logs").exists()
 
 
+CONTRADICTORY = "cohort: {clients: 2}\naggregation: {type: fedavg, lora: exact}\n"
+
+
+@pytest.mark.parametrize(
+    ("job", "words", "said"),
+    [
+        (CONTRADICTORY, [], "job.yaml, with the demo's 3 clients: settings: Value error, aggregation.lora=exact"),
+        ("method: {type: prefix}\ntraining: {parts: [trunk]}\n", [], "name all of training.parts"),
+        ("rounds: {local_steps: 4}\n", ["--steps", "6"], "--steps 6 is not a multiple of the 4 steps of a round"),
+    ],
+)
+def test_a_job_that_the_demos_clients_contradict_is_refused_before_any_process_starts(
+    job: str, words: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_word_tokenizer(save_tiny_model("llama", folder / "model"))
+    (folder / "rows").mkdir()
+    for name in "abc":
+        (folder / "rows" / f"{name}.jsonl").write_text('{"text": "w5 w6"}\n' * 20)
+    (folder / "job.yaml").write_text("model_name_or_path: m\n" + job)
+    demo = ["demo", "--model", "./model", "--data", "rows", "--job", "job.yaml", "--out", "out", *words]
+    assert run(demo) == 4
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert "Traceback" not in captured.err
+    assert not (folder / "out" / "logs").exists()
+
+
 def test_a_crash_is_internal_and_not_a_refusal() -> None:
     """Of which supervisors start nothing again."""
     program = "from launcher import main; main.app = lambda **_: 1 / 0; main.main()"

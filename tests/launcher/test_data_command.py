@@ -1,6 +1,7 @@
 """`flglm data check`: what it counts, shows and refuses."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ import pytest
 
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from launcher.main import main
+from shared.job import load_job
+from shared.model.checkpoint import checkpoint_of
+from worker_client.client import ClientSettings, _rows
 from worker_client.data_check import distribution
 
 
@@ -20,11 +24,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def check(
-    path: Path, model: str, capsys: pytest.CaptureFixture[str], *words: str, code: int = 0
+    path: Path, model: str | None, capsys: pytest.CaptureFixture[str], *words: str, code: int = 0
 ) -> tuple[dict[str, Any], str]:
     """The answer for machines, and what was said on standard error."""
+    named = [] if model is None else ["--model", model]
     with pytest.raises(SystemExit) as ended:
-        main(["data", "check", str(path), "--model", model, "--format", "json", *words])
+        main(["data", "check", str(path), *named, "--format", "json", *words])
     said = capsys.readouterr()
     assert ended.value.code == code
     return json.loads(said.out), said.err
@@ -93,6 +98,66 @@ def test_rows_are_cut_where_the_model_ends(rows: Path, model: str, capsys: pytes
     rows.write_text(json.dumps({"text": words(70)}))
     found = check(rows, model, capsys, "--max-length", "256")[0]["data"]
     assert (found["max_length"], found["truncated"]) == (64, 1)
+
+
+METHODS = [
+    ({"method": {"type": "lora"}}, 40),
+    ({"method": {"type": "prompt", "num_virtual_tokens": 20}, "training": {"parts": ["head"]}}, 20),
+    ({"method": {"type": "prefix", "num_virtual_tokens": 44}}, 20),
+]
+
+
+@pytest.mark.parametrize("too_long", ["truncate", "skip"])
+@pytest.mark.parametrize(("settings", "limit"), METHODS, ids=["lora", "prompt", "prefix"])
+def test_rows_are_cut_as_the_job_cuts_them(
+    settings: dict[str, Any], limit: int, too_long: str, tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A prompt's tokens are among those of data.max_length; a prefix takes positions of the model's 64."""
+    rows = tmp_path / "rows.jsonl"
+    texts = [{"text": words(count)} for count in (3, 17, 19, 20, 37, 39, 40, 60)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in [*texts, {"prompt": words(30), "completion": "w7"}]))
+    values = {"model_name_or_path": model, "data": {"max_length": 40, "too_long": too_long}, **settings}
+    (tmp_path / "job.yaml").write_text(json.dumps(values))
+    job = load_job(tmp_path / "job.yaml")
+    client = ClientSettings(data=rows, out=tmp_path, validation_fraction=0)
+    training = _rows(client, job, checkpoint_of(job))[2]
+
+    found = check(rows, None, capsys, "--job", str(tmp_path / "job.yaml"))[0]["data"]
+    assert found["max_length"] == limit
+    counts = [(f["truncated"], f["skipped_long"], f["without_target"]) for f in (found, asdict(training))]
+    assert counts[0] == counts[1]
+    assert found["usable"] == len(training.rows)
+    assert sum(counts[0]) > 0
+    assert found["tokens_cut"] == (0 if too_long == "skip" else cut_off([4, 18, 20, 21, 38, 40, 41, 61, 32], limit))
+    same = check(rows, model, capsys, "--job", str(tmp_path / "job.yaml"), "--max-length", "40", "--too-long", too_long)
+    assert same[0]["data"] == found
+
+
+def cut_off(lengths: list[int], limit: int) -> int:
+    return sum(max(0, length - limit) for length in lengths)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model", "./other"], "--model ./other contradicts {job}: model_name_or_path=./model"),
+        (["--max-length", "39"], "--max-length 39 contradicts {job}: data.max_length=40"),
+        (["--too-long", "skip"], "--too-long skip contradicts {job}: data.too_long=truncate"),
+    ],
+)
+def test_options_that_contradict_the_job_are_refused(
+    options: list[str], said: str, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = rows.with_name("job.yaml")
+    job.write_text("model_name_or_path: ./model\ndata: {max_length: 40}\n")
+    answer, _ = check(rows, None, capsys, "--job", str(job), *options, code=4)
+    assert (answer["error_code"], answer["message"]) == ("job", said.format(job=job))
+
+
+def test_rows_need_a_job_or_a_model(rows: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--job" in check(rows, None, capsys, code=4)[0]["hint"]
+    assert "data.max_length" in check(rows, model, capsys, "--max-length", "1", code=4)[0]["message"]
+    assert check(rows, model, capsys, "--max-length", "1000000")[0]["data"]["max_length"] == 64
 
 
 def test_every_bad_line_is_named_and_counted_by_reason(
