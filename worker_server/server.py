@@ -133,7 +133,6 @@ class Server:
                 Intake(
                     job=self.job,
                     width=checkpoint.config.hidden_size,
-                    max_length=self.job.data.max_length,
                     update_shapes=shapes,
                 ),
                 make_rounds(self.job, progress.round, place, progress.clients, sums, progress.bound()),
