@@ -26,10 +26,11 @@ from torch import Tensor
 
 from shared import state_files
 from shared.errors import CheckpointError, Refused, SchemaError, ShareError
+from shared.flat import Shapes
 from shared.identity import Identity
 from shared.job import Job
 from shared.job.secure import least_members
-from shared.masked_updates import Shapes, flat_difference, ring_terms_of, terms_of
+from shared.masked_updates import flat_difference, ring_terms_of, terms_of
 from shared.payload.messages import Objection, SumOf
 from shared.secure_aggregation.checks import ascending
 from shared.secure_aggregation.client import Client

@@ -10,11 +10,12 @@ import torch
 import zmq
 
 from shared.errors import JobError
+from shared.flat import Shapes
 from shared.identity import Identity, key_digest
 from shared.job import Job
 from shared.job.secure import least_quorum, why_off
 from shared.logs import event
-from shared.masked_updates import Shapes, check_length
+from shared.masked_updates import check_length
 from shared.model.carve import TRUNK_DTYPES, load_part
 from shared.model.checkpoint import Checkpoint, checkpoint_of
 from shared.model.families import context_length
