@@ -15,7 +15,7 @@ from shared import flat
 from shared.errors import JobError, SchemaError
 from shared.flat import Shapes
 from shared.job import Job
-from shared.job.secure import CLIP, least_members, neighbourhood
+from shared.job.secure import CLIP, neighbourhood, server_quorum
 from shared.secure_aggregation.fixed_point import Floats
 from shared.secure_aggregation.terms import MAX_LENGTH, MAX_WEIGHT, Member, RingTerms, Terms
 
@@ -55,7 +55,7 @@ def ring_terms_of(job: Job, shapes: Shapes, members: Sequence[Member], nonce: st
     """Of all sums of the ring that was made under `nonce`. Raises SchemaError as `terms_of`."""
     label = hashlib.sha256(b"flglm ring\0" + job.digest() + bytes.fromhex(nonce)).hexdigest()
     try:
-        return RingTerms(label=label, minimum=least_members(job), **_of_any_sum(job, shapes, members))
+        return RingTerms(label=label, minimum=server_quorum(job), **_of_any_sum(job, shapes, members))
     except ValidationError as error:
         raise _no_sum(members, error) from None
 

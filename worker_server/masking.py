@@ -109,7 +109,7 @@ class RoundSum:
         self._weights: dict[str, int] = {}
 
     @property
-    def needed(self) -> int:
+    def minimum(self) -> int:
         """With fewer members there is no sum."""
         return self.terms.threshold + 1
 

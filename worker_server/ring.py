@@ -58,7 +58,7 @@ class RingSum:
         self.announcement = SumOf(members=ring.terms.members, nonce=ring.nonce, ring=self._asked)
 
     @property
-    def needed(self) -> int:
+    def minimum(self) -> int:
         """With fewer members there is no sum."""
         return self.terms.minimum
 

@@ -248,7 +248,7 @@ def make_rounds(
 
     `known`: those from whom this round is drawn, where it is. `sums`, `bound`: as Rounds has them.
     """
-    clients, quorum = job.cohort.clients, job.cohort.needed
+    clients, quorum = job.cohort.clients, job.cohort.effective_quorum
     if place is not None:
         clients = clients // place.replicas + (place.replica < clients % place.replicas)
         at_least = 0 if sums is None else least_quorum(clients)
@@ -258,8 +258,9 @@ def make_rounds(
         rounds=job.rounds.count,
         local_steps=job.rounds.local_steps,
         deadline_s=job.cohort.deadline_s,
-        quorum=quorum,
+        quorum=max(1, quorum),
         replicated=place is not None,
+        never_idle=quorum >= clients > 0,
         places=job.cohort.clients if job.cohort.adapters == "per_client" else None if sums is None else MAX_CLIENTS,
         micro_batches=job.training.gradient_accumulation_steps,
         in_flight=job.cohort.in_flight,

@@ -675,7 +675,7 @@ def test_the_threshold_is_as_high_as_the_quorum_permits(clients: int, quorum: in
     job = job_of(clients=clients, quorum=quorum)
     people: list[Identity] = [generate_identity(f"c{number:02}") for number in range(clients)]
     sum_ = Sums(job, SHAPES).begin(0, {person.name: person.public for person in people})
-    assert (sum_.terms.neighbours, sum_.terms.threshold, sum_.needed) == (clients - 1, threshold, threshold + 1)
+    assert (sum_.terms.neighbours, sum_.terms.threshold, sum_.minimum) == (clients - 1, threshold, threshold + 1)
 
 
 def test_secagg_plus_has_fewer_neighbours_where_there_are_many() -> None:
