@@ -21,8 +21,8 @@ from shared.secure.noise import public_bytes
 from shared.secure_aggregation import shamir
 from shared.secure_aggregation.client import Client
 from shared.secure_aggregation.fixed_point import Floats
-from shared.secure_aggregation.group_key import GroupKey, GroupMember
-from shared.secure_aggregation.messages import GroupHellos, PublicKey, RingRound
+from shared.secure_aggregation.group_key import GroupKey
+from shared.secure_aggregation.messages import RingRound
 from shared.secure_aggregation.ring import RingMember, RingServer
 from shared.secure_aggregation.server import Server
 from shared.secure_aggregation.shamir import Random
@@ -207,15 +207,6 @@ def ring_round() -> RingRound:
     return RingRound(sequence=0, members=tuple(range(CLIENTS)))
 
 
-# A group's key
-
-
-def group() -> tuple[list[GroupMember], GroupHellos]:
-    members = [GroupMember(TERMS, identity, random=drawn(number)) for number, identity in enumerate(IDENTITIES)]
-    hellos = GroupHellos(keys=tuple(PublicKey(client=m.number, key=m.hello().key) for m in members))
-    return members, hellos
-
-
 # Valid inputs
 
 
@@ -225,14 +216,6 @@ def _to_clients(scene: Callable[[int], Scene], phases: int, first: int) -> list[
 
 def _to_servers(but_one: Callable[[int], tuple[Scene, Told]], phases: int) -> list[bytes]:
     return [bytes([phase, 0]) + joined(but_one(phase)[1].frames()) for phase in range(phases)]
-
-
-def _group() -> list[bytes]:
-    members, hellos = group()
-    _, seeds = members[1].deal(hellos)
-    mine = next(entry for entry in seeds.seeds if entry.client == 0).model_copy(update={"client": 1})
-    first = pack(hellos)[0]
-    return [joined([first]), joined([first, pack(mine)[0]])]
 
 
 def _dealt() -> list[bytes]:
@@ -255,5 +238,4 @@ SECAGG_SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "secagg_dealer": _dealt,
     "ring_member": lambda: _to_clients(ring, RING_PHASES, 0),
     "ring_server": lambda: _to_servers(ring_but_one, 2),
-    "group_member": _group,
 }

@@ -22,7 +22,6 @@ from benchmarks.fuzz_secagg import (
     SUM_PHASES,
     TERMS,
     Told,
-    group,
     ring,
     ring_but_one,
     ring_round,
@@ -43,8 +42,6 @@ from shared.secure_aggregation.messages import (
     CLIENT_MESSAGES,
     SERVER_MESSAGES,
     AdvertiseKeys,
-    GroupHellos,
-    GroupSeed,
     GroupSum,
     KeyList,
     MaskedInput,
@@ -185,26 +182,6 @@ def ring_server(data: bytes) -> None:
         server.finish()
 
 
-@target(PhaseError, SchemaError, ShareError)
-def group_member(data: bytes) -> None:
-    """Client 0 deals a group's key to whoever the server says is there, or joins with a seed that it passes on."""
-    frames = separated(data)
-    hellos, *sealed = [message_of(SERVER_MESSAGES, frame) for frame in frames[:2]] or [None]
-    if not isinstance(hellos, GroupHellos):
-        raise SchemaError("no message of a group")
-    (member, *_), _ = _standing(_group, 0)
-
-    def hear() -> None:
-        if not sealed:
-            member.deal(hellos)
-        elif isinstance(sealed[0], GroupSeed):
-            assert len(member.join(hellos, sealed[0]).seed) > 0
-        else:
-            raise SchemaError("no seed")
-
-    _taken_or_unchanged(member, hear, lambda: _used(_group, 0))
-
-
 # Inside
 
 
@@ -223,10 +200,6 @@ def _standing(make: Callable[[int], Any], phase: int) -> Any:
 
 def _used(make: Callable[[int], Any], phase: int) -> None:
     del _scenes()[make, phase]
-
-
-def _group(phase: int) -> Any:
-    return group()
 
 
 def _taken_or_unchanged(machine: Any, hear: Callable[[], None], used: Callable[[], None]) -> None:

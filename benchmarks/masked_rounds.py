@@ -19,8 +19,8 @@ from shared.identity import Identity, card_of, generate_identity
 from shared.payload.schema import Message
 from shared.secure_aggregation.client import Client
 from shared.secure_aggregation.fixed_point import Floats, Words
-from shared.secure_aggregation.group_key import GroupKey, GroupMember
-from shared.secure_aggregation.messages import CLIENT_MESSAGES, SERVER_MESSAGES, GroupHellos, PublicKey
+from shared.secure_aggregation.group_key import GroupKey
+from shared.secure_aggregation.messages import CLIENT_MESSAGES, SERVER_MESSAGES
 from shared.secure_aggregation.ring import RingMember, RingServer
 from shared.secure_aggregation.server import MaskedSum, Server
 from shared.secure_aggregation.terms import Member, RingTerms, SumTerms, Terms, roster
@@ -95,22 +95,6 @@ def off_by(terms: SumTerms, made: MaskedSum, update: Update) -> tuple[float, flo
     return error, terms.encoding.largest_error(len(made.contributors), weight)
 
 
-def play_group(terms: SumTerms, identities: Sequence[Identity], meter: Meter) -> list[GroupKey]:
-    """A group's key at every client; number 0 deals it."""
-    members = [GroupMember(terms, identity) for identity in identities]
-    hellos = [PublicKey(client=m.number, key=meter.up(m.number, m.hello()).key) for m in members]
-    everybody = GroupHellos(keys=tuple(hellos))
-    made, seeds = members[0].deal(meter.down(0, everybody))
-    boxes = {entry.client: entry for entry in meter.up(0, seeds).seeds}
-    keys = [made]
-    for member in members[1:]:
-        sealed = boxes[member.number].model_copy(update={"client": 0})
-        arrived = meter.down(member.number, sealed)
-        with meter.timed(member.number):
-            keys.append(member.join(meter.down(member.number, everybody), arrived))
-    return keys
-
-
 @dataclass
 class Round:
     """One sum by SecAgg or SecAgg+. `gone` are the clients that no longer answer, phase by phase.
@@ -131,13 +115,13 @@ class Round:
         terms: Terms,
         identities: Sequence[Identity],
         meter: Meter | None = None,
-        groups: Sequence[GroupKey] | None = None,
+        group: GroupKey | None = None,
     ) -> "Round":
         meter = meter or Meter()
         clients = {}
         for number, identity in enumerate(identities):
             with meter.timed(number):
-                clients[number] = Client(terms, identity, group=groups[number] if groups else None)
+                clients[number] = Client(terms, identity, group=group)
         return cls(terms, clients, Server(terms), meter)
 
     def advertise(self, drop: Collection[int] = ()) -> None:
@@ -200,10 +184,10 @@ def play_round(
     update: Update,
     drops: Mapping[str, Collection[int]],
     meter: Meter | None = None,
-    groups: Sequence[GroupKey] | None = None,
+    group: GroupKey | None = None,
 ) -> tuple[Round, MaskedSum]:
     """A whole sum; `drops` says who no longer answers from `advertise`, `share`, `mask` or `unmask` on."""
-    played = Round.of(terms, identities, meter, groups)
+    played = Round.of(terms, identities, meter, group)
     played.advertise(drops.get("advertise", ()))
     played.share(drops.get("share", ()))
     played.mask(update, drops.get("mask", ()))
@@ -224,13 +208,13 @@ class Ring:
         terms: RingTerms,
         identities: Sequence[Identity],
         meter: Meter | None = None,
-        groups: Sequence[GroupKey] | None = None,
+        group: GroupKey | None = None,
     ) -> "Ring":
         meter = meter or Meter()
         ring = cls({}, RingServer(terms), meter)
         members = {}
         for number, identity in enumerate(identities):
-            members[number] = RingMember(terms, identity, group=groups[number] if groups else None)
+            members[number] = RingMember(terms, identity, group=group)
             ring.server.advertise_key(number, meter.up(number, members[number].advertise_key()))
         everybody = ring.server.close_advertising()
         for number, member in members.items():

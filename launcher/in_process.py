@@ -22,6 +22,7 @@ from shared.errors import DeadlineExceeded
 from shared.identity import Identity, create_identity, load_identity
 from shared.job import Job
 from shared.model.checkpoint import checkpoint_of
+from shared.prefixes import under
 from shared.secure_aggregation.group_key import GroupKey
 from shared.wire.curve import Door
 from worker_client.client import group_of
@@ -195,4 +196,4 @@ def trunk_tensors(folder: Path) -> dict[str, Tensor]:
     """What the server of a run under `folder` trained, by name in the whole model, from its last checkpoint."""
     state = folder / "server-state"
     tensors, _ = state_files.load(state, state_files.numbers(state)[-1])
-    return {name.removeprefix("trunk/"): value for name, value in tensors.items() if name.startswith("trunk/")}
+    return under("trunk/", tensors)

@@ -7,7 +7,7 @@ values: Basu et al., arXiv 1906.02367; at both ends: Tang et al., arXiv 1905.059
 
     v = difference + unsent        sent = rounded(top-k(v))        unsent = v - sent
 
-The k largest are those of all tensors together, as one vector in the order of their names. Of equal ones the first are
+The k largest are those of all tensors together, as one vector (flat.py). Of equal ones the first are
 taken, and zeros are never sent: the same input gives the same bytes.
 """
 
@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared import flat
 from shared.errors import TensorError
+from shared.flat import Shapes
 from shared.job import WireFormat
 from shared.payload import pieces as wire
 from shared.payload import positions
@@ -28,7 +30,6 @@ from shared.payload.pieces import Piece
 from shared.wire.envelope import Frame
 
 Tensors = Mapping[str, Tensor]
-Shapes = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ def compress(difference: Tensors, unsent: Tensors, density: float, wire_format: 
     Values that no receiver would take (NaN, infinite, too large for the format) travel, so that it refuses them; for
     the next time nothing but `unsent` is kept then, and `sent` is empty.
     """
-    vector = _joined(difference)
+    vector = flat.join(difference)
     if unsent:
-        vector = vector + _joined(unsent)
+        vector = vector + flat.join(unsent)
     most = _most(density, len(vector))
     pieces, frames = wire.encode(vector, _largest(vector, most), wire_format)
     try:
@@ -57,16 +58,16 @@ def compress(difference: Tensors, unsent: Tensors, density: float, wire_format: 
     except TensorError:
         return Compressed(tuple(pieces), tuple(frames), {}, dict(unsent))
     shapes = {name: value.shape for name, value in difference.items()}
-    return Compressed(tuple(pieces), tuple(frames), _parted(sent, shapes), _parted(vector - sent, shapes))
+    return Compressed(tuple(pieces), tuple(frames), flat.part(sent, shapes), flat.part(vector - sent, shapes))
 
 
 def decompress(
     pieces: Sequence[Piece], frames: Sequence[Frame], shapes: Shapes, density: float, wire_format: WireFormat
 ) -> dict[str, Tensor]:
     """What was sent of a difference of these shapes, float32. Raises TensorError if it cannot be that."""
-    total = sum(math.prod(shape) for shape in shapes.values())
+    total = flat.length(shapes)
     vector = wire.decode(pieces, frames, total=total, most=_most(density, total), dtype=wire_format)
-    return _parted(vector, shapes)
+    return flat.part(vector, shapes)
 
 
 def most_bytes(total: int, density: float, wire_format: WireFormat) -> int:
@@ -92,13 +93,3 @@ def _largest(vector: Tensor, count: int) -> Tensor:
     equal = np.flatnonzero(magnitudes == least)
     chosen[equal[: count - int(chosen.sum())]] = least > 0
     return torch.from_numpy(chosen)
-
-
-def _joined(tensors: Tensors) -> Tensor:
-    return torch.cat([tensors[name].detach().flatten().float().cpu() for name in sorted(tensors)])
-
-
-def _parted(vector: Tensor, shapes: Shapes) -> dict[str, Tensor]:
-    names = sorted(shapes)
-    parts = torch.split(vector, [math.prod(shapes[name]) for name in names])
-    return {name: part.reshape(tuple(shapes[name])) for name, part in zip(names, parts, strict=True)}

@@ -1,38 +1,31 @@
 """A round's updates as one masked sum: its terms, and what is summed. The same at clients and server.
 
-What is summed is the difference to the values that the round began with, float32, all tensors end to end in the order
-of their names: differences are small, and so is what rounding them costs.
+What is summed is the difference to the values that the round began with, float32, as one vector (flat.py): differences
+are small, and so is what rounding them costs.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any
 
-import numpy as np
-import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from shared import flat
 from shared.errors import JobError, SchemaError
+from shared.flat import Shapes
 from shared.job import Job
-from shared.job.secure import CLIP, least_members, neighbourhood
+from shared.job.secure import CLIP, neighbourhood, server_quorum
 from shared.secure_aggregation.fixed_point import Floats
 from shared.secure_aggregation.terms import MAX_LENGTH, MAX_WEIGHT, Member, RingTerms, Terms
 
 LARGEST_ERROR = 1e-7
 """Of a value of the mean, where 64-bit words give that much; they do for a million target tokens of 512 clients."""
 
-Shapes = Mapping[str, Sequence[int]]
-
-
-def length_of(shapes: Shapes) -> int:
-    return sum(prod(shape) for shape in shapes.values())
-
 
 def check_length(shapes: Shapes) -> None:
     """Raises JobError if a sum cannot be so long."""
-    if (length := length_of(shapes)) > MAX_LENGTH:
+    if (length := flat.length(shapes)) > MAX_LENGTH:
         raise JobError(
             f"{length} trained values in head and tail; a masked update has {MAX_LENGTH} at most",
             hint="train fewer (method.type=lora), or set aggregation.secure=off: the server sees every client's update",
@@ -62,7 +55,7 @@ def ring_terms_of(job: Job, shapes: Shapes, members: Sequence[Member], nonce: st
     """Of all sums of the ring that was made under `nonce`. Raises SchemaError as `terms_of`."""
     label = hashlib.sha256(b"flglm ring\0" + job.digest() + bytes.fromhex(nonce)).hexdigest()
     try:
-        return RingTerms(label=label, minimum=least_members(job), **_of_any_sum(job, shapes, members))
+        return RingTerms(label=label, minimum=server_quorum(job), **_of_any_sum(job, shapes, members))
     except ValidationError as error:
         raise _no_sum(members, error) from None
 
@@ -73,7 +66,7 @@ def _of_any_sum(job: Job, shapes: Shapes, members: Sequence[Member]) -> dict[str
     weight = {"tokens": min(MAX_WEIGHT, most_tokens(job)), "rows": MAX_WEIGHT, "clients": 1}[job.rounds.weighting]
     return {
         "members": tuple(members),
-        "length": length_of(shapes),
+        "length": flat.length(shapes),
         "clip": CLIP,
         "max_weight": weight,
         # What 64-bit words always give, if every weight were the smallest.
@@ -88,19 +81,5 @@ def _no_sum(members: Sequence[Member], error: ValidationError) -> SchemaError:
 
 def flat_difference(start: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Floats:
     """`values` less `start`, float32 (length,)."""
-    pieces = [(values[name].detach().float() - start[name].float()).flatten().cpu() for name in sorted(start)]
-    vector: Floats = torch.cat(pieces).numpy()
+    vector: Floats = flat.join({name: values[name].detach().float() - start[name].float() for name in start}).numpy()
     return vector
-
-
-def flat(values: Mapping[str, Tensor]) -> Floats:
-    """All values, float32 (length,)."""
-    vector: Floats = torch.cat([values[name].detach().float().flatten().cpu() for name in sorted(values)]).numpy()
-    return vector
-
-
-def tensors_of(vector: Floats, shapes: Shapes) -> dict[str, Tensor]:
-    """A vector (length,) as tensors by name, float64."""
-    names = sorted(shapes)
-    pieces = torch.split(torch.from_numpy(vector.astype(np.float64)), [prod(shapes[name]) for name in names])
-    return {name: piece.view(*shapes[name]) for name, piece in zip(names, pieces, strict=True)}

@@ -17,7 +17,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Drift:
-    """One round's. `start`: the parameters as it began; `correction`: c - c_i by name, or nothing."""
+    """One round's. `start`: what it began with, if anything is added; `correction`: c - c_i by name, or nothing."""
 
     proximal_mu: float
     start: Tensors
@@ -34,9 +34,10 @@ class Drift:
                 parameter.grad = added.clone() if parameter.grad is None else parameter.grad + added
 
 
-def begin(job: Job, parameters: Mapping[str, nn.Parameter], control: Tensors, own: Tensors) -> Drift:
-    """At a round's start, with the server's control variate c and this client's c_i; either may lack, which is 0."""
-    start = {name: parameter.detach().clone() for name, parameter in parameters.items()} if _acts(job) else {}
+def begin(job: Job, start: Tensors, control: Tensors, own: Tensors) -> Drift:
+    """Of a round that begins with `start`, with the server's control variate c and this client's c_i; either may lack,
+    which is 0.
+    """
     correction = {}
     if isinstance(job.aggregation, Scaffold):
         correction = {name: _of(control, name, value) - _of(own, name, value) for name, value in start.items()}
@@ -50,10 +51,6 @@ def next_control(job: Job, drift: Drift, parameters: Mapping[str, nn.Parameter])
         name: (drift.start[name] - parameters[name].detach()) / way - correction
         for name, correction in drift.correction.items()
     }
-
-
-def _acts(job: Job) -> bool:
-    return job.aggregation.proximal_mu > 0 or isinstance(job.aggregation, Scaffold)
 
 
 def _of(control: Tensors, name: str, like: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared import flat
 from shared.errors import AggregationError, SchemaError
+from shared.flat import Shapes
 from shared.job import Job
-from shared.masked_updates import Shapes, flat, length_of, tensors_of
 from shared.payload.messages import Sealed, Unopened
 from shared.sealed_averages import seal, unseal
 from shared.secure_aggregation.checks import words_of
@@ -54,9 +55,8 @@ class Group:
         self.seen = round, number
         if boundary.sealed is None:
             return replace(boundary, averages=dict(self.initial()))
-        values = unseal(self.key, self.job.digest(), number, length_of(shapes), boundary.box)
-        averages = {name: value.float() for name, value in tensors_of(values, shapes).items()}
-        return replace(boundary, sealed=None, box=b"", averages=averages)
+        values = unseal(self.key, self.job.digest(), number, flat.length(shapes), boundary.box)
+        return replace(boundary, sealed=None, box=b"", averages=flat.part(torch.from_numpy(values), shapes))
 
     def open_sum(
         self,
@@ -78,7 +78,7 @@ class Group:
             report({"event": "sum_unopened", "round": round, "reason": error.message})
             return Unopened(), []
         report({"event": "sum_opened", "round": round, "clients": given.message.contributors})
-        averages = _moved(flat(start), mean)
+        averages = _moved(flat.join(start).numpy(), mean)
         return Sealed(round=round + 1), [seal(self.key, self.job.digest(), round + 1, averages)]
 
 

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from shared import state_files
 from shared.errors import CheckpointError, Refused, SchemaError, ShareError
+from shared.flat import Shapes
 from shared.identity import Identity
 from shared.job import Job
-from shared.job.secure import least_members
-from shared.masked_updates import Shapes, flat_difference, ring_terms_of, terms_of
+from shared.job.secure import server_quorum
+from shared.masked_updates import flat_difference, ring_terms_of, terms_of
 from shared.payload.messages import Objection, SumOf
 from shared.secure_aggregation.checks import ascending
 from shared.secure_aggregation.client import Client
@@ -185,8 +186,8 @@ class MaskedUpdates:
             self.identity.public.hex() not in names.values()
         ):
             raise _refused("this client is not among the members of its round with its own key")
-        if len(members) < least_members(self.job):
-            raise _refused(f"a round of {len(members)} members; {least_members(self.job)} are due (cohort.quorum)")
+        if len(members) < server_quorum(self.job):
+            raise _refused(f"a round of {len(members)} members; {server_quorum(self.job)} are due (cohort.quorum)")
         for name, key in names.items():
             if self.known.get(name, key) != key:
                 raise _refused(f"{name} has another key than in an earlier round")

@@ -49,8 +49,8 @@ class Training:
     protection: Protection | None = None
     group: Group | None = None
     progress: Progress = field(init=False)
-    start: dict[str, Tensor] = field(init=False, default_factory=dict)
-    """What round `started` began with, of what is handed in, where differences to it are."""
+    start: Mapping[str, Tensor] = field(init=False, default_factory=dict)
+    """What round `started` began with, of what is handed in, if the job needs it: the one copy, changed by nobody."""
     started: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class Training:
             spent = {} if self.protection is None else self.protection.so_far()
             self.report({"event": "round", "round": round, "members": boundary.members, **spent})
             if self.protection is not None:
-                self.protection.begin(self.progress.handed_in(round), self.parts.shared)
+                self.protection.begin(self.progress.handed_in(round))
             if round % self.job.rounds.evaluate_every == 0:
                 score = self._evaluate(round)
             try:
@@ -93,7 +93,7 @@ class Training:
     def _take_part(self, round: int, boundary: Boundary, masked: MaskedUpdates, terms: SumTerms | None) -> Boundary:
         """Train a round and hand in what came of it; where the next begins."""
         self._forget_gradients()
-        drift = begin(self.job, self.parts.shared, boundary.control, self.progress.carried.control)
+        drift = begin(self.job, self.start, boundary.control, self.progress.carried.control)
         steps = Steps(self.job, self.parts, self.trunk, self.rows, self.progress.optimizer, self.report, drift)
         weight = self._weight(steps.train_round(round))
         update, start = _values(self.parts.shared), self.start
@@ -101,7 +101,7 @@ class Training:
             update = _gradients(self.parts.shared)
             start = {name: torch.zeros_like(gradient) for name, gradient in update.items()}
         if self.protection is not None:
-            update = self.protection.hand_in(round, update)
+            update = self.protection.hand_in(round, self.start, update)
         compressed = self._compressed(update)
         unsent = {} if compressed is None else compressed.unsent
         after = Carried(next_control(self.job, drift, self.parts.shared), unsent)
@@ -127,9 +127,7 @@ class Training:
     def _left_behind(self, round: int, error: Refused) -> Boundary:
         """The others went on without this client, or began anew: be as it was when the round began, and join again.
 
-        Whatever it handed in did not count.
-
-        Raises Refused if the server knows nothing of that: it is a member still.
+        Whatever it handed in did not count. Raises Refused if the server knows nothing of that: it is a member still.
         """
         self.report({"event": "left_behind", "round": round})
         self.progress.undo(round)
@@ -195,8 +193,7 @@ class Training:
             load_trained(self.parts.shared, boundary.averages)
         if boundary.pieces:
             load_trained(self.parts.shared, told(self.job.wire, self.start, boundary))
-        wire = self.job.wire
-        if wire.compresses_updates or wire.compresses_averages or self.job.secure != "off":
+        if self.job.keeps_round_start:
             self.start = {name: value.clone() for name, value in _values(self.parts.shared).items()}
             self.started = boundary.round
 

@@ -20,6 +20,7 @@ from shared.job import Job, Prefix
 from shared.logs import event
 from shared.model.carve import Part
 from shared.model.optimizer import PartOptimizer
+from shared.prefixes import under
 from worker_server.per_client import Routing, take_adapters
 from worker_server.per_client_prefix import take_prefixes
 
@@ -128,12 +129,11 @@ class ClientAdapters:
         for client in sorted(
             name.split("/")[1] for name in state if name.startswith("client/") and name.endswith("/steps")
         ):
-            prefix = f"client/{client}/optimizer/"
-            adapter = self._adapter(state[f"client/{client}/{VECTOR}"].to(device, copy=True))
-            moments = {n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)}
-            adapter.optimizer.load_state(moments, float(state[f"client/{client}/steps"]))
+            kept = under(f"client/{client}/", state)
+            adapter = self._adapter(kept[VECTOR].to(device, copy=True))
+            adapter.optimizer.load_state(under("optimizer/", kept), float(kept["steps"]))
             self.clients[client] = adapter
-            self.done[client] = int(state[f"client/{client}/done"])
+            self.done[client] = int(kept["done"])
 
     def _adapter(self, values: Tensor) -> ClientAdapter:
         vector = nn.Parameter(values)

@@ -24,7 +24,6 @@ class Intake:
 
     job: Job
     width: int
-    max_length: int
     update_shapes: Mapping[str, tuple[int, ...]]
 
     def join(self, session: Session, message: Join) -> Ticket:
@@ -33,10 +32,9 @@ class Intake:
     def forward(self, session: Session, message: Forward, frames: Sequence[Frame]) -> Ticket:
         """Raises TensorError or Refused."""
         tokens = self._tokens(message)
-        if max(message.lengths) > self.max_length:
-            raise Refused(
-                f"a row of {max(message.lengths)} tokens; the longest is {self.max_length}", reason="too_long"
-            )
+        row, longest = max(message.lengths), self.job.data.max_length
+        if row > longest:
+            raise Refused(f"a row of {row} tokens; the longest is {longest}", reason="too_long")
         most = tokens
         if message.purpose == "train":
             most += (self.job.training.gradient_accumulation_steps - 1) * self.job.cohort.max_batch_tokens

@@ -19,11 +19,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from shared import flat
 from shared.errors import AggregationError, PhaseError, SchemaError, ShareError, TensorError, TooFewLeft
+from shared.flat import Shapes
 from shared.job import Job
-from shared.masked_updates import Shapes, tensors_of, terms_of
+from shared.masked_updates import terms_of
 from shared.payload.messages import Mask, Message, Objection, Sealed, SumOf, Unopened
 from shared.sealed_averages import box_bytes
 from shared.secure_aggregation.messages import (
@@ -79,7 +82,7 @@ def summed(made: MaskedSum, terms: SumTerms, shapes: Shapes, weights: Mapping[st
     """Raises AggregationError if masks are left."""
     mean, weight = made.mean(terms)
     contributors = tuple(terms.name(number) for number in made.contributors)
-    return Summed(tensors_of(mean, shapes), weight, contributors, weights, made.liars)
+    return Summed(flat.part(torch.from_numpy(mean).double(), shapes), weight, contributors, weights, made.liars)
 
 
 class RoundSum:
@@ -108,7 +111,7 @@ class RoundSum:
         self._weights: dict[str, int] = {}
 
     @property
-    def needed(self) -> int:
+    def minimum(self) -> int:
         """With fewer members there is no sum."""
         return self.terms.threshold + 1
 

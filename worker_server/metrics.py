@@ -9,6 +9,13 @@ from prometheus_client.registry import Collector
 from shared.monitoring import refusals
 from worker_server.service import Service
 
+# What the service counts of updates and their masked sums.
+OF_UPDATES = {
+    "updates_bounded": "Updates scaled down to aggregation.max_update_norm.",
+    "sums_failed": "Masked sums of updates that came to nothing.",
+    "wrong_shares": "Clients whose shares in a masked sum were not those dealt to them, and were left out.",
+}
+
 
 class ServerMetrics(Collector):
     """`flglm_server_…`, read off the state when asked for; labels are directions and codes of refusals."""
@@ -37,16 +44,8 @@ class ServerMetrics(Collector):
         passed.add_metric(["up"], sum(connection.bytes_received for connection in self.service.brokers.connections))
         passed.add_metric(["down"], sum(connection.bytes_sent for connection in self.service.brokers.connections))
         yield passed
-        yield CounterMetricFamily(
-            "flglm_server_updates_bounded",
-            "Updates scaled down to aggregation.max_update_norm.",
-            value=self.service.counters["updates_bounded"],
-        )
-        yield CounterMetricFamily(
-            "flglm_server_sums_failed",
-            "Masked sums of updates that came to nothing.",
-            value=self.service.counters["sums_failed"],
-        )
+        for name, text in OF_UPDATES.items():
+            yield CounterMetricFamily(f"flglm_server_{name}", text, value=self.service.counters[name])
         yield refusals("flglm_server_refusals", "Messages and sessions refused.", self.service.counters.copy())
 
     def _checkpoint_age(self) -> Iterable[Metric]:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from shared import flat
 from shared.errors import ConnectionFailed, UsageError
 from worker_server.settings import ServerSettings
 
@@ -136,20 +137,16 @@ class Replicas:
         `values`: the same names and shapes everywhere, in any order: a replica that was restored has another than one
         that was not. With no weight anywhere they are returned as they are.
         """
-        values = dict(sorted(values.items()))
         if not values:
             self._reduce(torch.zeros(1, dtype=torch.float64, device=self.device), dist.ReduceOp.SUM)
             return {}
-        flat = torch.cat([value.detach().flatten().to(self.device, torch.float64) for value in values.values()])
-        total = torch.cat([flat * weight, flat.new_tensor([weight])])
+        vector = flat.join(values, torch.float64, self.device)
+        total = torch.cat([vector * weight, vector.new_tensor([weight])])
         self._reduce(total, dist.ReduceOp.SUM)
         if float(total[-1]) == 0.0:
-            return dict(values)
-        pieces = torch.split(total[:-1] / total[-1], [value.numel() for value in values.values()])
-        return {
-            name: piece.view(value.shape).to(value.device, value.dtype)
-            for (name, value), piece in zip(values.items(), pieces, strict=True)
-        }
+            return dict(sorted(values.items()))
+        means = flat.part(total[:-1] / total[-1], {name: value.shape for name, value in values.items()})
+        return {name: mean.to(values[name].device, values[name].dtype) for name, mean in means.items()}
 
     def announce_clients(self) -> None:
         """Say that this replica has its clients."""

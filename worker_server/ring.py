@@ -17,8 +17,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from shared.errors import PhaseError
+from shared.flat import Shapes
 from shared.job import Job
-from shared.masked_updates import Shapes, ring_terms_of
+from shared.masked_updates import ring_terms_of
 from shared.payload.messages import Mask, SumOf
 from shared.secure_aggregation.messages import RingInput, RingKey
 from shared.secure_aggregation.ring import RingServer
@@ -58,7 +59,7 @@ class RingSum:
         self.announcement = SumOf(members=ring.terms.members, nonce=ring.nonce, ring=self._asked)
 
     @property
-    def needed(self) -> int:
+    def minimum(self) -> int:
         """With fewer members there is no sum."""
         return self.terms.minimum
 

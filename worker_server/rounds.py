@@ -71,10 +71,11 @@ Stage = Literal["waiting", "training", "undoing", "aggregating", "finished"]
 class Plan:
     """What the job says about rounds. `places`: how many clients may take part at most, None for any number.
 
-    `quorum`: with fewer members than that (0: than one) no round begins or goes on. `replicated`: this is one of
-    several servers, none of which begins before all have their clients. `micro_batches` a step, of which a client may
-    have `in_flight` under way; `patience_s` is greedy's. `sampled`: how many clients a round takes, None for all, drawn
-    from `seed`; `deadline_mads`: how deadlines adapt (worker_server/deadlines.py), None if they do not.
+    `quorum`: with fewer members than that, which is one at least, no round begins or goes on. `replicated`: this is one
+    of several servers, none of which begins before all have their clients; `never_idle`: and this one ends no round
+    that none of its clients trained. `micro_batches` a step, of which a client may have `in_flight` under way;
+    `patience_s` is greedy's. `sampled`: how many clients a round takes, None for all, drawn from `seed`;
+    `deadline_mads`: how deadlines adapt (worker_server/deadlines.py), None if they do not.
     """
 
     clients: int
@@ -84,6 +85,7 @@ class Plan:
     quorum: int = 1
     places: int | None = None
     replicated: bool = False
+    never_idle: bool = False
     micro_batches: int = 1
     in_flight: int = 1
     patience_s: float = 1.0
@@ -91,10 +93,6 @@ class Plan:
     sampled: int | None = None
     seed: int = 0
     deadline_mads: float | None = None
-
-    @property
-    def needed(self) -> int:
-        return max(1, self.quorum)
 
 
 class Rounds(ABC):
@@ -234,7 +232,7 @@ class Rounds(ABC):
             return len(self.bound - {ticket.client for ticket in self.lobby.values()})
         if not self.started and len(self.lobby) < self.plan.clients:
             return self.plan.clients - len(self.lobby)
-        return max(0, self.plan.needed - len(self._drawn()))
+        return max(0, self.plan.quorum - len(self._drawn()))
 
     @property
     def awaited(self) -> list[str]:
@@ -260,12 +258,12 @@ class Rounds(ABC):
         plan = self.plan
         if self.stage != "waiting" or self.held:
             return []
-        if self.bound and self.missing and plan.needed <= len(self._drawn()):
+        if self.bound and self.missing and plan.quorum <= len(self._drawn()):
             gone = ", ".join(self.awaited)
             self.stage = "aggregating"
             failed = SumFailed(self.round, f"it can only be made again with {gone}, not back in time", ())
             return [failed, Aggregate(self.round, (), tuple(sorted(self.known)))]
-        if self.round == 0 or self.started or (plan.sampled is None and plan.needed >= plan.clients):
+        if self.round == 0 or self.started or (plan.sampled is None and plan.quorum >= plan.clients):
             return []
         self.started = True
         return self._begin_round()
@@ -278,8 +276,8 @@ class Rounds(ABC):
         return self._begin_round() if self.stage == "waiting" else []
 
     def ended_elsewhere(self) -> list[Instruction]:
-        """Another replica ends this round; here nobody trains it: join in without an update, if the quorum allows."""
-        if self.stage != "waiting" or self.plan.quorum >= self.plan.clients > 0:
+        """Another replica ends this round; here nobody trains it: join in without an update, if that may be."""
+        if self.stage != "waiting" or self.plan.never_idle:
             return []
         self.stage = "aggregating"
         return [Aggregate(self.round, ())]
@@ -412,7 +410,7 @@ class Rounds(ABC):
             self.updating_since, self.update_times = now, []
             body, words = sum.ask(able[0].client)
             return [Relay(((able[0], body),), (words,))]
-        if not sum.unopened and self.plan.needed >= len(sum.summed):
+        if not sum.unopened and self.plan.quorum >= len(sum.summed):
             return self._undo()
         sum.give_up()
         return self._aggregate()
@@ -454,16 +452,16 @@ class Rounds(ABC):
 
     @property
     def _needed(self) -> int:
-        """How many members the round goes on with."""
+        """How many members must be left for the round to go on: the quorum, or what its sum takes if that is more."""
         if self.sum is None:
-            return self.plan.needed
+            return self.plan.quorum
         if self.sum.phase == OPENING:
             return 0  # one is enough, and without one _ask_to_open knows what is next
         if self.bound and not self.sum.unmasking:
             return len(self.bound)  # the sum was asked for before: again among the same, or not at all
-        if self.sum.unmasking and self.plan.needed < len(self.sum.summed):
+        if self.sum.unmasking and self.plan.quorum < len(self.sum.summed):
             return 0  # it ends in any case: with the sum, or without
-        return max(self.plan.needed, self.sum.needed)
+        return max(self.plan.quorum, self.sum.minimum)
 
     def _drop(self, sessions: Iterable[bytes], now: float) -> list[Instruction]:
         gone = [session for session in sessions if self.active.pop(session, None) is not None]
@@ -509,7 +507,7 @@ class Rounds(ABC):
     def _draw(self, here: Collection[str]) -> list[str]:
         """The names that the round takes, there or not."""
         sampled = self.plan.sampled or 0
-        among = {*here} if self.plan.needed < sampled else {*self.known}
+        among = {*here} if self.plan.quorum < sampled else {*self.known}
         if len(among) < sampled:
             among |= {*here}
         return drawn(among, sampled, self.plan.seed, self.round)

@@ -10,11 +10,12 @@ import torch
 import zmq
 
 from shared.errors import JobError
+from shared.flat import Shapes
 from shared.identity import Identity, key_digest
 from shared.job import Job
 from shared.job.secure import least_quorum, why_off
 from shared.logs import event
-from shared.masked_updates import Shapes, check_length
+from shared.masked_updates import check_length
 from shared.model.carve import TRUNK_DTYPES, load_part
 from shared.model.checkpoint import Checkpoint, checkpoint_of
 from shared.model.families import context_length
@@ -133,7 +134,6 @@ class Server:
                 Intake(
                     job=self.job,
                     width=checkpoint.config.hidden_size,
-                    max_length=self.job.data.max_length,
                     update_shapes=shapes,
                 ),
                 make_rounds(self.job, progress.round, place, progress.clients, sums, progress.bound()),
@@ -248,7 +248,7 @@ def make_rounds(
 
     `known`: those from whom this round is drawn, where it is. `sums`, `bound`: as Rounds has them.
     """
-    clients, quorum = job.cohort.clients, job.cohort.needed
+    clients, quorum = job.cohort.clients, job.cohort.effective_quorum
     if place is not None:
         clients = clients // place.replicas + (place.replica < clients % place.replicas)
         at_least = 0 if sums is None else least_quorum(clients)
@@ -258,8 +258,9 @@ def make_rounds(
         rounds=job.rounds.count,
         local_steps=job.rounds.local_steps,
         deadline_s=job.cohort.deadline_s,
-        quorum=quorum,
+        quorum=max(1, quorum),
         replicated=place is not None,
+        never_idle=quorum >= clients > 0,
         places=job.cohort.clients if job.cohort.adapters == "per_client" else None if sums is None else MAX_CLIENTS,
         micro_batches=job.training.gradient_accumulation_steps,
         in_flight=job.cohort.in_flight,

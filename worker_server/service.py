@@ -228,7 +228,6 @@ class Service:
             connection.send(_closing(header.session, code_of(error), error.message))
             return
         self.brokers.routes[session.id] = connection
-        self.counters["sessions_opened"] += 1
         event(logger, "session_opened", session=session.id, client=session.client)
         self.brokers.send(accept)
         self._send(session, self.welcome)
@@ -301,7 +300,6 @@ class Service:
         if session is None:
             return
         self.brokers.routes.pop(session_id, None)
-        self.counters["sessions_closed"] += 1
         self.counters["clients_left"] += session.joined
         if code == "left" and session.joined and self.rounds.stage == "finished":
             self.owed.discard(session.client)

@@ -25,9 +25,9 @@ FLOAT32 = 4
 # A trained value, its gradient and AdamW's two moments, all float32; on disk there is no gradient.
 BYTES_TRAINED = 4 * FLOAT32
 BYTES_SAVED = 3 * FLOAT32
-# What masking takes for a value while a round ends: its words (8 bytes), the difference and the round's start at the
-# client; the sum's words, the mean and the change at the server.
-MASKED_AT_CLIENT = 8 + 4 + 4
+# What masking takes for a value while a round ends: its words (8 bytes) and the difference at the client; the sum's
+# words, the mean and the change at the server.
+MASKED_AT_CLIENT = 8 + 4
 MASKED_WORD = 8
 # What opening a sum under a group's key takes beside that: the words as they came and a copy, the start and the mean,
 # and for a moment three times float64.
@@ -112,9 +112,9 @@ def client_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: 
     """Head and tail, in plain FedAvg the trunk too, in float32; `checkpoints` of what is trained there, and the result.
 
     SCAFFOLD's control variates, its own before and after a round and the server's, are as large as what is trained, and
-    so is a private update, beside its start and, for a moment, difference and noise in float64. FedEx-LoRA's residuals
-    are as large as the weights under the adapters, which are kept as they were, too. Differences that travel in part
-    are to the round's start, and what is left of them is kept. Raises JobError.
+    so is a private update, beside, for a moment, difference and noise in float64. FedEx-LoRA's residuals are as large
+    as the weights under the adapters, which are kept as they were, too. What is left of differences that travel in part
+    is kept. Whoever needs what a round began with has it once. Raises JobError.
     """
     frozen, train = count(checkpoint, job, plan, job.client_parts)
     control = train * FLOAT32 if job.aggregation.type == "scaffold" else 0
@@ -122,10 +122,10 @@ def client_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: 
     masked = 0 if job.secure == "off" else train * MASKED_AT_CLIENT
     masked += 0 if job.aggregation.group_key is None else train * OPENED_AT_CLIENT
     residual = residual_values(checkpoint, job, plan, job.handed_in) * FLOAT32
-    start = train * FLOAT32 if job.wire.compresses_updates or job.wire.compresses_averages else 0
+    start = train * FLOAT32 if job.keeps_round_start else 0
     unsent = 2 * train * FLOAT32 if job.wire.compresses_updates else 0
     saved = checkpoints * (train * BYTES_SAVED + 2 * control + private + unsent) + train * FLOAT32 + residual
-    memory = frozen * FLOAT32 + train * BYTES_TRAINED + 3 * control + 2 * residual + 6 * private + masked
+    memory = frozen * FLOAT32 + train * BYTES_TRAINED + 3 * control + 2 * residual + 5 * private + masked
     return Need(memory + start + unsent, saved)
 
 

@@ -28,12 +28,12 @@ def _cohort(job: "Job") -> Iterator[str]:
         yield "training.parts names a part twice"
     if cohort.members > cohort.clients:
         yield f"cohort.sampled={cohort.sampled} is larger than cohort.clients={cohort.clients}, with which rounds begin"
-    if cohort.needed > cohort.members:
+    if cohort.effective_quorum > cohort.members:
         drawn_from = "cohort.clients" if cohort.sampled is None else "cohort.sampled"
         yield f"cohort.quorum is larger than {drawn_from}: no round would ever begin"
     if cohort.deadline_mads is not None and cohort.mode == "greedy":
         yield "cohort.deadline_mads is about steps of all members: it needs cohort.mode=lockstep"
-    if cohort.deadline_mads is not None and cohort.needed == cohort.members:
+    if cohort.deadline_mads is not None and cohort.effective_quorum == cohort.members:
         yield (
             "cohort.deadline_mads leaves late members behind, and a round without one of them is undone: it needs a "
             f"cohort.quorum of fewer than {cohort.members}"
@@ -109,7 +109,7 @@ def _prompt(job: "Job") -> Iterator[str]:
 
 
 def _aggregation(job: "Job") -> Iterator[str]:
-    aggregation, members = job.aggregation, job.cohort.needed
+    aggregation, quorum = job.aggregation, job.cohort.effective_quorum
     name = f"aggregation.type={aggregation.type}"
     per_client = job.cohort.adapters == "per_client"
     at_clients = bool(job.handed_in)
@@ -132,17 +132,17 @@ def _aggregation(job: "Job") -> Iterator[str]:
             f"{name} cannot look at a trunk that all train at once: set cohort.adapters=per_client, or leave trunk out "
             "of training.parts"
         )
-    if members < aggregation.least_updates:
-        yield f"{name} needs rounds of {aggregation.least_updates} clients at least; cohort.quorum is {members}"
-    if isinstance(aggregation, TrimmedMean) and aggregation.cut(members) == 0:
+    if quorum < aggregation.least_updates:
+        yield f"{name} needs rounds of {aggregation.least_updates} clients at least; cohort.quorum is {quorum}"
+    if isinstance(aggregation, TrimmedMean) and aggregation.cut(quorum) == 0:
         yield (
-            f"aggregation.trim_ratio={aggregation.trim_ratio:g} of {members} clients (cohort.quorum) leaves nobody "
-            f"out: it takes 1/{members} at least"
+            f"aggregation.trim_ratio={aggregation.trim_ratio:g} of {quorum} clients (cohort.quorum) leaves nobody "
+            f"out: it takes 1/{quorum} at least"
         )
-    if isinstance(aggregation, AnyKrum) and members < 2 * aggregation.byzantine + 3:
+    if isinstance(aggregation, AnyKrum) and quorum < 2 * aggregation.byzantine + 3:
         yield (
             f"{name} with aggregation.byzantine={aggregation.byzantine} needs rounds of 2 x byzantine + 3 = "
-            f"{2 * aggregation.byzantine + 3} clients at least; cohort.quorum is {members}"
+            f"{2 * aggregation.byzantine + 3} clients at least; cohort.quorum is {quorum}"
         )
     if isinstance(aggregation, Scaffold):
         yield from _scaffold(job)
@@ -219,7 +219,7 @@ def _fedsgd(job: "Job") -> Iterator[str]:
 
 
 def _secure(job: "Job") -> Iterator[str]:
-    aggregation, clients, needed = job.aggregation, job.cohort.clients, job.cohort.needed
+    aggregation, clients, quorum = job.aggregation, job.cohort.clients, job.cohort.effective_quorum
     members = job.cohort.members
     name = f"aggregation.secure={job.secure}"
     see_all = "set aggregation.secure=off: the server then sees every client's update"
@@ -227,11 +227,11 @@ def _secure(job: "Job") -> Iterator[str]:
         return
     if not job.handed_in:
         yield f"{name} has nothing to mask: training.parts={list(job.training.parts)} leaves out what clients hold"
-    if needed < MIN_CLIENTS:
+    if quorum < MIN_CLIENTS:
         least = MIN_CLIENTS if job.secure == "ring" else least_quorum(max(members, MIN_CLIENTS))
         yield (
             f"{name} needs rounds of {MIN_CLIENTS} clients at least, in which a sum hides something; cohort.quorum is "
-            f"{needed}: set it to {least} at least (and as many cohort.clients), or {see_all}"
+            f"{quorum}: set it to {least} at least (and as many cohort.clients), or {see_all}"
         )
         return
     if aggregation.needs_single_updates:
@@ -255,9 +255,9 @@ def _secure(job: "Job") -> Iterator[str]:
             )
         return
     neighbours, threshold = neighbourhood(job, members)
-    if job.cohort.replicas == 1 and neighbours == members - 1 and needed <= threshold:
+    if job.cohort.replicas == 1 and neighbours == members - 1 and quorum <= threshold:
         yield (
-            f"cohort.quorum={needed} of rounds of {members} clients is too few for {name}, where more than half of a "
+            f"cohort.quorum={quorum} of rounds of {members} clients is too few for {name}, where more than half of a "
             f"client's neighbours must help to unmask: set it to {least_quorum(members)} at least, or {see_all}"
         )
 

@@ -61,6 +61,21 @@ class Job(Settings):
         return secure_of(self)
 
     @property
+    def keeps_round_start(self) -> bool:
+        """Whether clients keep what a round began with, of what they hand in: differences, sums, private updates,
+        proximal terms and control variates are to it.
+        """
+        wire, aggregation = self.wire, self.aggregation
+        return (
+            wire.compresses_updates
+            or wire.compresses_averages
+            or self.secure != "off"
+            or self.privacy.type != "none"
+            or aggregation.proximal_mu > 0
+            or aggregation.type == "scaffold"
+        )
+
+    @property
     def drawn_from(self) -> int | None:
         """The seed that the model's weights are drawn from; None where they are read."""
         return self.training.seed if self.training.from_scratch else None

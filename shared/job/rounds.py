@@ -77,8 +77,8 @@ class Cohort(Settings):
         return self.clients if self.sampled is None else self.sampled
 
     @property
-    def needed(self) -> int:
-        """The quorum."""
+    def effective_quorum(self) -> int:
+        """`quorum`, or where it is not named all `members`."""
         return self.members if self.quorum is None else self.quorum
 
 

@@ -64,23 +64,23 @@ def neighbourhood(job: "Job", members: int) -> tuple[int, int]:
     """
     others = members - 1
     if job.secure == "secagg+":
-        dropped = max(0, members - least_members(job)) / members
+        dropped = max(0, members - server_quorum(job)) / members
         try:
             neighbours, threshold = graph.choose(members, corrupt=CORRUPT_SHARE, dropped=dropped)
         except ValueError:
             neighbours = others
         if neighbours < others:
             return neighbours, threshold
-    return others, max(min(least_members(job) - 1, others), others // 2 + 1)
+    return others, max(min(server_quorum(job) - 1, others), others // 2 + 1)
 
 
-def least_members(job: "Job") -> int:
-    """The fewest members of a round of one server: the quorum, of its share of the clients if there are replicas."""
+def server_quorum(job: "Job") -> int:
+    """The quorum of one server: of its share of the clients if there are replicas."""
     cohort = job.cohort
     if cohort.replicas == 1:
-        return cohort.needed
+        return cohort.effective_quorum
     share = cohort.clients // cohort.replicas
-    return share if cohort.needed == cohort.clients else least_quorum(share)
+    return share if cohort.effective_quorum == cohort.clients else least_quorum(share)
 
 
 def least_quorum(clients: int) -> int:

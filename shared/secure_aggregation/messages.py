@@ -12,7 +12,6 @@
                                               GroupSum         + one frame of words (under a group key)
 
     a ring:          RingKey ↔ RingKeys once, then RingRound and RingInput + one frame of words
-    a group key:     GroupHello ↔ GroupHellos, then one client's GroupSeeds and each one's GroupSeed
 
 The sender of a message is known from its session; none of them says it. Words are uint32 or uint64, little-endian.
 """
@@ -23,11 +22,10 @@ from pydantic import Field, TypeAdapter
 
 from shared.payload.schema import Count, Message
 from shared.secure_aggregation.keys import TAG_BYTES
-from shared.secure_aggregation.shamir import SECRET_BYTES, SHARE_BYTES
+from shared.secure_aggregation.shamir import SHARE_BYTES
 from shared.secure_aggregation.terms import MAX_CLIENTS
 
 SHARES_BOX_BYTES = 2 * SHARE_BYTES + TAG_BYTES
-SEED_BOX_BYTES = SECRET_BYTES + TAG_BYTES
 
 ClientNumber = Annotated[int, Field(ge=0, lt=MAX_CLIENTS)]
 Clients = Annotated[tuple[ClientNumber, ...], Field(max_length=MAX_CLIENTS)]
@@ -152,37 +150,8 @@ class RingInput(Message):
     words: Count
 
 
-class GroupHello(Message):
-    """A public key made for this group."""
-
-    type: Literal["group_hello"] = "group_hello"
-    key: Key
-
-
-class GroupHellos(Message):
-    """The group's members and their keys, by ascending number."""
-
-    type: Literal["group_hellos"] = "group_hellos"
-    keys: Annotated[tuple[PublicKey, ...], Field(max_length=MAX_CLIENTS)]
-
-
-class GroupSeed(Message):
-    """The group's seed, sealed. `client` is for whom (in GroupSeeds), or from whom."""
-
-    type: Literal["group_seed"] = "group_seed"
-    client: ClientNumber
-    box: Annotated[bytes, Field(min_length=SEED_BOX_BYTES, max_length=SEED_BOX_BYTES)]
-
-
-class GroupSeeds(Message):
-    """The seed that one client made, sealed for each of the others."""
-
-    type: Literal["group_seeds"] = "group_seeds"
-    seeds: Annotated[tuple[GroupSeed, ...], Field(max_length=MAX_CLIENTS)]
-
-
-FromClient = AdvertiseKeys | ShareKeys | MaskedInput | Unmask | RingKey | RingInput | GroupHello | GroupSeeds
-FromServer = KeyList | RelayedShares | UnmaskRequest | GroupSum | RingKeys | RingRound | GroupHellos | GroupSeed
+FromClient = AdvertiseKeys | ShareKeys | MaskedInput | Unmask | RingKey | RingInput
+FromServer = KeyList | RelayedShares | UnmaskRequest | GroupSum | RingKeys | RingRound
 
 CLIENT_MESSAGES: TypeAdapter[FromClient] = TypeAdapter(Annotated[FromClient, Field(discriminator="type")])
 SERVER_MESSAGES: TypeAdapter[FromServer] = TypeAdapter(Annotated[FromServer, Field(discriminator="type")])

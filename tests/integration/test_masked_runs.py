@@ -340,6 +340,26 @@ def test_a_client_that_breaks_the_rules_is_refused_and_the_others_go_on(
     assert [e["members"] for e in outcomes["a"].events if e["event"] == "round"] == [4, 3]
 
 
+def wrong_shares(body: Any, frames: Any) -> tuple[Any, Any]:
+    if isinstance(body, Unmask):
+        of_self = tuple(share.model_copy(update={"share": bytes(33)}) for share in body.self_shares)
+        return body.model_copy(update={"self_shares": of_self}), frames
+    return body, frames
+
+
+def test_a_client_that_gives_wrong_shares_spoils_no_sum_and_is_counted(model: Path, tmp_path: Path) -> None:
+    names = (*NAMES, "d")
+    job = job_of(model, clients=4, cohort={"quorum": 3})
+    honest = train_in_process(job, sites(names), tmp_path / "honest")
+    liars = sites(names, d=lambda link, job, parts, timeout_s: Liar(link, job, timeout_s, wrong_shares))
+    outcomes: dict[str, Outcome] = {}
+    with serving(job, tmp_path / "lied to", names) as running:
+        with coming_back(running, liars, tmp_path / "lied to", outcomes):
+            pass
+        assert running.running.registry.get_sample_value("flglm_server_wrong_shares_total") == job.rounds.count
+    assert furthest(results(tmp_path / "honest", honest), results(tmp_path / "lied to", outcomes)) == 0.0
+
+
 def test_an_update_that_is_not_finite_stays_at_its_client(model: Path, tmp_path: Path) -> None:
     """It hands in that nothing changed, with the least weight; the others are averaged, and all end the same."""
 

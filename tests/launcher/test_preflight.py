@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -645,6 +645,33 @@ def test_a_group_key_that_does_not_fit_the_job_is_said(house: House) -> None:
     rows = house.check("client", "--job", "job.yaml", "--group-key", "group.key", expect=4)
     assert rows["group key"]["status"] == "fail"
     assert "the job has no aggregation.group_key" in rows["group key"]["found"]
+
+
+def test_what_a_round_began_with_is_counted_once_whoever_needs_it(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(str(save_tiny_model("llama", tmp_path)))
+    plan = SplitPlan(1, 1, 4)
+    trained = 4 * count(checkpoint, parse_job({"model_name_or_path": "m"}, "job"), plan, ("head", "tail"))[1]
+
+    def need(aggregation: Mapping[str, Any], **sections: Any) -> int:
+        """Beside what a plain job needs, in copies of what is trained."""
+        plain = parse_job({"model_name_or_path": "m"}, "job")
+        values = {"model_name_or_path": "m", "aggregation": {"type": "fedavg", **aggregation}, **sections}
+        least = client_need(checkpoint, plain, plan, 3).memory
+        more, rest = divmod(client_need(checkpoint, parse_job(values, "job"), plan, 3).memory - least, trained)
+        assert rest == 0
+        return more
+
+    masked = {"cohort": {"clients": 3}, "rounds": {"weighting": "clients"}}
+    private = {
+        "privacy": {"type": "central", "clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-5},
+        "training": {"parts": ["head", "tail"]},
+    }
+    assert need({}) == 0
+    assert need({"proximal_mu": 0.1}) == 1
+    assert need({}, **masked) == 1 + 3
+    assert need({"proximal_mu": 0.1}, **masked) == 1 + 3
+    assert need({"secure": "off"}, **masked, **private) == 1 + 5
+    assert need({}, **masked, **private) == 1 + 3 + 5
 
 
 def test_what_is_kept_of_differences_is_counted(tmp_path: Path) -> None:

@@ -91,11 +91,11 @@ def test_rounds_that_could_not_be_are_refused_by_name(cohort: dict[str, Any], sa
 
 
 def test_the_quorum_is_all_whom_a_round_takes_unless_it_is_named() -> None:
-    needed = [
-        parse_job(JOB | {"cohort": cohort, "aggregation": {"secure": "off"}}, "job.yaml").cohort.needed
+    quorums = [
+        parse_job(JOB | {"cohort": cohort, "aggregation": {"secure": "off"}}, "job.yaml").cohort.effective_quorum
         for cohort in ({"clients": 5}, {"clients": 5, "sampled": 2}, {"clients": 5, "sampled": 3, "quorum": 1})
     ]
-    assert needed == [5, 2, 1]
+    assert quorums == [5, 2, 1]
 
 
 def test_an_aggregation_without_a_type_is_fedavg() -> None:

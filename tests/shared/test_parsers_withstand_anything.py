@@ -26,7 +26,7 @@ from shared.errors import UsageError
 
 FRAMES = ("envelope", "record", "client_message", "server_message")
 # Targets of secure sums, and how many bytes come before the frames.
-SUMS = {"secagg_client": 1, "secagg_server": 2, "ring_member": 1, "ring_server": 2, "group_member": 0}
+SUMS = {"secagg_client": 1, "secagg_server": 2, "ring_member": 1, "ring_server": 2}
 JSON = ("invitation", "card", "key", "rows", "privacy_ledger", "checkpoint_facts", "model_config", "model_index")
 YAML = ("job", "policy", "plan")
 EXAMPLES = settings(

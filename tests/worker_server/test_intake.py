@@ -28,7 +28,7 @@ def intake(**wire: Any) -> Intake:
         cohort=Cohort(max_batch_tokens=16),
         wire=Wire(**wire),
     )
-    return Intake(job=job, width=WIDTH, max_length=10, update_shapes={"x": (2, 2), "y": (3,)})
+    return Intake(job=job, width=WIDTH, update_shapes={"x": (2, 2), "y": (3,)})
 
 
 def forward(

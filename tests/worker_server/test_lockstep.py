@@ -1,12 +1,16 @@
 """The lockstep state machine, without I/O: its rules and its refusals."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import pytest
 
+from shared.job import parse_job
 from worker_server.lockstep import Lockstep
+from worker_server.replicas import Place
 from worker_server.rounds import Plan
+from worker_server.server import make_rounds
 from worker_server.work import (
     Aggregate,
     Dismiss,
@@ -259,10 +263,27 @@ def test_a_round_that_loses_more_than_the_quorum_allows_is_undone_and_waits_for_
 
 
 def test_a_replica_does_not_end_a_round_without_clients_that_the_quorum_needs() -> None:
-    strict = Lockstep(Plan(clients=1, rounds=5, local_steps=2, deadline_s=10, quorum=1, replicated=True))
-    assert strict.ended_elsewhere() == []
-    easy = Lockstep(Plan(clients=1, rounds=5, local_steps=2, deadline_s=10, quorum=0, replicated=True))
-    assert easy.ended_elsewhere() == [Aggregate(0, ())]
+    plan = Plan(clients=1, rounds=5, local_steps=2, deadline_s=10, replicated=True)
+    assert Lockstep(replace(plan, never_idle=True)).ended_elsewhere() == []
+    assert Lockstep(plan).ended_elsewhere() == [Aggregate(0, ())]
+
+
+@pytest.mark.parametrize(
+    ("cohort", "replica", "quorum", "never_idle"),
+    [
+        ({"clients": 3}, 0, 2, True),  # all are needed, also those of each server
+        ({"clients": 3}, 1, 1, True),
+        ({"clients": 3, "quorum": 2}, 0, 1, False),
+        ({"clients": 3, "quorum": 2}, 1, 1, False),  # its one client may be lost
+        ({"clients": 1}, 1, 1, False),  # it has none
+    ],
+)
+def test_a_replicas_quorum_is_of_its_share_of_the_clients(
+    cohort: dict[str, int], replica: int, quorum: int, never_idle: bool
+) -> None:
+    job = parse_job({"model_name_or_path": "m", "cohort": cohort, "aggregation": {"secure": "off"}}, "job")
+    plan = make_rounds(job, 0, Place(replica, 2, "localhost", 1, hosts_store=False)).plan
+    assert (plan.quorum, plan.never_idle, plan.replicated) == (quorum, never_idle, True)
 
 
 def test_a_replica_begins_when_all_have_their_clients() -> None:

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from shared import flat
 from shared.errors import AggregationError, JobError, PhaseError, ShareError
 from shared.group_keys import fingerprint
 from shared.identity import Identity, generate_identity
 from shared.job import Job, load_job, parse_job
-from shared.masked_updates import flat_difference, tensors_of, terms_of
+from shared.masked_updates import flat_difference, terms_of
 from shared.payload.messages import Mask, Objection, Sealed, SumOf, Unopened
 from shared.sealed_averages import box_bytes
 from shared.secure_aggregation.client import Client
@@ -702,7 +703,7 @@ def test_the_threshold_is_as_high_as_the_quorum_permits(clients: int, quorum: in
     job = job_of(clients=clients, quorum=quorum)
     people: list[Identity] = [generate_identity(f"c{number:02}") for number in range(clients)]
     sum_ = Sums(job, SHAPES).begin(0, {person.name: person.public for person in people})
-    assert (sum_.terms.neighbours, sum_.terms.threshold, sum_.needed) == (clients - 1, threshold, threshold + 1)
+    assert (sum_.terms.neighbours, sum_.terms.threshold, sum_.minimum) == (clients - 1, threshold, threshold + 1)
 
 
 def test_secagg_plus_has_fewer_neighbours_where_there_are_many() -> None:
@@ -719,8 +720,8 @@ def test_the_vector_is_the_difference_in_the_order_of_names() -> None:
     after = {"head.b": torch.tensor([2.0, 3.0, 4.0]), "head.a": torch.tensor([[5.0, 6.0], [7.0, 8.0]])}
     vector = flat_difference(start, after)
     assert vector.tolist() == [4, 5, 6, 7, 1, 2, 3]
-    back = tensors_of(vector, SHAPES)
-    assert all(torch.equal(back[name] + 1, value.double()) for name, value in after.items())
+    back = flat.part(torch.from_numpy(vector), SHAPES)
+    assert all(torch.equal(back[name] + 1, value) for name, value in after.items())
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ SESSION = Session(b"s" * 16, "anna", b"p" * 32, Channel(b"s" * 16, send_key=byte
 
 def intake(wire: Wire) -> Intake:
     job = Job(model_name_or_path="m", data=Data(max_length=10), wire=wire)
-    return Intake(job=job, width=4, max_length=10, update_shapes=SHAPES)
+    return Intake(job=job, width=4, update_shapes=SHAPES)
 
 
 def difference(seed: int) -> dict[str, Tensor]:

@@ -29,7 +29,6 @@ class Protection:
     ledger: Ledger
     report: Report
     kept: Mapping[str, Tensor] = field(default_factory=dict)
-    start: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def settings(self) -> GaussianPrivacy:
@@ -66,19 +65,24 @@ class Protection:
         spent = self.ledger.spent(self.job)
         return {"epsilon": spent.epsilon, "delta": spent.delta}
 
-    def begin(self, kept: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-        """A round begins with these parameters. Raises Refused (`privacy_budget`) if it cannot be paid for."""
+    def begin(self, kept: Mapping[str, Tensor]) -> None:
+        """A round begins, for which this was handed in before, if it was.
+
+        Raises Refused (`privacy_budget`) if it cannot be paid for.
+        """
         self.kept = kept
         if not kept:
             self.ledger.check(self.job)
-        self.start = {name: value.detach().clone() for name, value in parameters.items()}
 
-    def hand_in(self, round: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What may leave of `values`, which the round ended with. Paid for. Raises Refused, LedgerError."""
+    def hand_in(self, round: int, start: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What may leave of `values`, which the round ended with, where it began with `start`. Paid for.
+
+        Raises Refused, LedgerError.
+        """
         if self.kept:
             self.report({"event": "update_repeated", "round": round})
         else:
             spent = self.ledger.charge(self.job)
-            self.kept = protected(self.settings, self.start, values)
+            self.kept = protected(self.settings, start, values)
             self.report({"event": "privacy_spent", "round": round, **asdict(spent)})
-        return moved(self.start, self.kept)
+        return moved(start, self.kept)

@@ -17,10 +17,6 @@ from shared.secure_aggregation.messages import (
     SERVER_MESSAGES,
     AdvertiseKeys,
     ClientKeys,
-    GroupHello,
-    GroupHellos,
-    GroupSeed,
-    GroupSeeds,
     GroupSum,
     KeyList,
     MaskedInput,
@@ -51,8 +47,6 @@ CLIENTS: list[Any] = [
     Unmask(self_shares=SHARES, key_shares=SHARES),
     RingKey(key=K),
     RingInput(sequence=1, words=3),
-    GroupHello(key=K),
-    GroupSeeds(seeds=(GroupSeed(client=1, box=bytes(48)),)),
 ]
 SERVERS: list[Any] = [
     KeyList(keys=(ClientKeys(client=1, sealing=K, masking=K),)),
@@ -61,8 +55,6 @@ SERVERS: list[Any] = [
     GroupSum(contributors=2, words=3),
     RingKeys(keys=PUBLIC),
     RingRound(sequence=1, members=(1, 2, 3)),
-    GroupHellos(keys=PUBLIC),
-    GroupSeed(client=1, box=bytes(48)),
 ]
 BOTH = [*((CLIENT_MESSAGES, m) for m in CLIENTS), *((SERVER_MESSAGES, m) for m in SERVERS)]
 IDS = [message.type for _, message in BOTH]
