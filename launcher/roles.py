@@ -55,7 +55,6 @@ def broker(
         int, typer.Option("--max-peers", min=1, help="connected workers, clients and servers together")
     ] = 4096,
     metrics_address: MetricsOption = None,
-    verbose: VerboseOption = False,
     format: FormatOption = Format.TXT,
 ) -> None:
     """Route sealed messages between clients and servers. It can open none of them."""
@@ -63,7 +62,7 @@ def broker(
     from broker.service import Broker
     from broker.settings import BrokerSettings
 
-    configure("broker", verbose=verbose)
+    configure("broker")
     keep_freed_memory()
     guard = guard_of(key, clients, servers, plain=plain)
     settings = BrokerSettings(frontend=clients_address, backend=servers_address, max_peers=max_peers)

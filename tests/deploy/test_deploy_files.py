@@ -28,6 +28,7 @@ GUIDES = (ROOT / "docs" / "several-machines.md", ROOT / "README.md")
 UNITS = sorted((DEPLOY / "systemd").iterdir())
 ROLES = ("broker", "server", "client")
 BINARY = "/opt/flglm/bin/flglm"
+CLIENT = ["client", "train", "--invite=i", "--key=k", "--data=d", "--out=o"]
 # The series of a histogram end in these.
 SERIES = ("_bucket", "_sum", "_count")
 
@@ -111,6 +112,16 @@ def test_the_gpu_changes_the_device_alone() -> None:
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
 def test_commands_of_the_units_exist(unit: Path) -> None:
     accept(unit_words(unit))
+
+
+def test_a_broker_promises_no_line_a_step() -> None:
+    """It knows of no steps."""
+    for words in (["broker"], ["server", "--job=j", "--key=k"], CLIENT):
+        accept(words)
+    accept(["server", "--job=j", "--key=k", "-v"])
+    accept([*CLIENT, "-v"])
+    with pytest.raises(typer.BadParameter.__bases__[0], match="-v"):
+        accept(["broker", "-v"])
 
 
 # Facts that stand in two places

@@ -1,6 +1,7 @@
 """A data owner's whole run, from invitation and file to a result on disk, and every way to be wrong before it."""
 
 import json
+import logging
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ from benchmarks.fidelity import ALL, Case, make_job, write_random_rows
 from benchmarks.plain import train_plain
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from launcher.in_process import CLIENTS, Serving, serving, trunk_tensors
+from launcher.progress import ClientProgress
 from launcher.whole_models import drawn_whole
 from shared import state_files
 from shared.errors import CheckpointError, DataError, HandshakeError, ModelError, Refused
@@ -69,7 +71,7 @@ def test_a_run_ends_with_the_trained_parts_on_disk(running: Serving, data: Path,
     running.service.join()
 
     assert [event["event"] for event in events] == [
-        "data", "updates", "round", "evaluation", "step", "step", "evaluation", "finished",
+        "data", "updates", "round", "evaluation", "step", "step", "round_done", "evaluation", "finished",
     ]  # fmt: skip
     assert (events[0]["rows"], events[0]["validation_rows"], events[0]["total_steps"]) == (8, 2, 2)
     assert (events[1]["handed_in"], events[1]["secure"]) == (True, "off")
@@ -88,6 +90,47 @@ def test_a_run_ends_with_the_trained_parts_on_disk(running: Serving, data: Path,
     document = json.loads((out / "flglm.json").read_text())
     assert Job.model_validate(document["job"]) == running.job
     assert document["job_digest"] == running.job.digest().hex()
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["log", "terminal"])
+def test_a_log_has_a_line_for_every_round_and_a_terminal_a_bar(
+    drawn: bool,
+    job: Job,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if drawn:
+        monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes any stream for a terminal
+    job = job.model_copy(update={"rounds": job.rounds.model_copy(update={"count": 2})})
+    events: list[dict[str, Any]] = []
+    with serving(job, tmp_path, ["anna"]) as running, ClientProgress(enabled=True) as progress:
+
+        def report(event: dict[str, Any]) -> None:
+            events.append(event)
+            progress.show(event)
+
+        settings = ClientSettings(data=data, out=tmp_path / "out", validation_fraction=0)
+        run_client(settings, invitation_of(running), running.clients["anna"], report, running.context)
+    losses = [[e["loss"] for e in events if e["event"] == "step" and e["round"] == round] for round in range(2)]
+    expected = [f"round {n} of 2: mean loss {sum(of) / 2:.4f}" for n, of in enumerate(losses, 1)]
+    lines = [line for line in capsys.readouterr().err.splitlines() if " of 2: " in line]
+    assert [line.rpartition(",")[0] for line in lines] == ([] if drawn else expected)
+    assert all(line.endswith(" s") for line in lines)
+
+
+def test_a_step_is_a_line_of_the_log_for_who_wants_details(
+    running: Serving, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    events: list[dict[str, Any]] = []
+    with caplog.at_level(logging.DEBUG, logger="worker_client"):
+        run(running, ClientSettings(data=data, out=tmp_path / "out", validation_fraction=0), events)
+    logged = [record for record in caplog.records if record.getMessage() == "step_done"]
+    own = [record.fields for record in logged if record.name == "worker_client.steps"]  # type: ignore[attr-defined]
+    assert [{"event": "step"} | fields for fields in own] == [e for e in events if e["event"] == "step"]
+    assert len(own) == 2
+    assert own[0].keys() == {"step", "round", "loss", "tokens", "seconds", "waited_s"}
 
 
 def test_from_a_configuration_and_texts_to_a_model(job: Job, data: Path, tmp_path: Path) -> None:
