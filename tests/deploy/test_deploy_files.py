@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from prometheus_client import Metric
 
 from benchmarks.fidelity import Case, make_job
 from benchmarks.tiny_models import save_tiny_model
@@ -185,23 +186,39 @@ def test_health_is_asked_where_metrics_are_served(role: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def metrics(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """What a running broker and server really serve; counters by their names in queries."""
+def served(tmp_path_factory: pytest.TempPathFactory) -> list[Metric]:
+    """What a running broker and server really serve."""
     folder = tmp_path_factory.mktemp("metrics")
     job = make_job(save_tiny_model("llama", folder / "model"), Case(("trunk",), 1))
     with serving(job, folder, ["a"]) as running, running.link("a"):
         registries = (running.broker.registry, running.running.registry)
-        families = [family for registry in registries for family in registry.collect()]
-    return {family.name + ("_total" if family.type == "counter" else "") for family in families}
+        return [family for registry in registries for family in registry.collect()]
 
 
-def test_alerts_and_guide_name_metrics_that_exist(metrics: set[str]) -> None:
+def test_alerts_and_guide_name_metrics_that_exist(served: list[Metric]) -> None:
+    metrics = {family.name + ("_total" if family.type == "counter" else "") for family in served}
     texts = [rule["expr"] for rule in rules()] + [GUIDES[0].read_text()]
     named = {name for text in texts for name in re.findall(r"flglm_(?:broker|server)_[a-z_]+", text)}
     for ending in SERIES:
         named = {name.removesuffix(ending) for name in named}
     assert named
     assert named <= metrics
+
+
+def test_alerts_and_guide_choose_by_purposes_that_exist(served: list[Metric]) -> None:
+    (cohorts,) = [family for family in served if family.name == "flglm_server_cohorts"]
+    texts = [rule["expr"] for rule in rules()] + [GUIDES[0].read_text()]
+    chosen = [choice for text in texts for choice in re.findall(r"flglm_server_cohorts_total(\{[^}]*\})?", text)]
+    exist = [f'{{purpose="{sample.labels["purpose"]}"}}' for sample in cohorts.samples]
+    assert len(chosen) >= 3
+    assert set(chosen) <= set(exist)
+
+
+def test_what_wakes_somebody_is_true_of_every_kind_of_job() -> None:
+    """In plain FedAvg there are no cohorts: what pages on them must look at rounds too."""
+    pages = [rule["expr"] for rule in rules() if rule["labels"]["severity"] == "page"]
+    assert any("flglm_server_round" in expr for expr in pages)
+    assert all("flglm_server_round" in expr for expr in pages if "cohort" in expr)
 
 
 def test_alerts_say_what_to_do_with_settings_and_codes_that_exist() -> None:
@@ -223,6 +240,55 @@ def test_the_image_holds_every_package() -> None:
 
 
 # Tools, where they are
+
+
+def series(name: str, values: str, **labels: str) -> dict[str, str]:
+    """For promtool: a server's samples, one a minute."""
+    chosen = ",".join(f'{key}="{value}"' for key, value in {"job": "flglm-server", "instance": "gpu", **labels}.items())
+    return {"series": f"flglm_server_{name}{{{chosen}}}", "values": values}
+
+
+# Four hours of a job: open sessions, completed rounds, rounds left, trained cohorts; whether somebody wakes.
+JOBS = {
+    "plain FedAvg that gets on": ("2x240", "0x50 1x50 2x50 3x50 4x50", "5x240", "0x240", False),
+    "plain FedAvg that waits": ("2x240", "1x240", "5x240", "0x240", True),
+    "long rounds of a trunk that trains": ("2x240", "1x240", "5x240", "0+5x240", False),
+    "a trunk that waits for a member": ("2x240", "1x240", "5x240", "70x240", True),
+    "nobody there": ("0x240", "1x240", "5x240", "70x240", False),
+    "a job that is done, and answers": ("2x240", "10x240", "0x240", "70x240", False),
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_no_progress_wakes_somebody_in_every_kind_of_job(name: str, tmp_path: Path) -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not on this machine")
+    sessions, rounds, left, trained, wakes = JOBS[name]
+    (rule,) = [rule for rule in rules() if rule["alert"] == "FlglmNoProgress"]
+    expected = {
+        "exp_labels": {"job": "flglm-server", "instance": "gpu", **rule["labels"]},
+        "exp_annotations": rule["annotations"],
+    }
+    case = {
+        "interval": "1m",
+        "input_series": [
+            series("sessions", sessions),
+            series("round", rounds),
+            series("rounds_left", left),
+            series("cohorts_total", trained, purpose="train"),
+            series("cohorts_total", "0+1x240", purpose="evaluate"),
+        ],
+        "alert_rule_test": [
+            {"eval_time": "30m", "alertname": rule["alert"], "exp_alerts": []},
+            {"eval_time": "230m", "alertname": rule["alert"], "exp_alerts": [expected] if wakes else []},
+        ],
+    }
+    (tmp_path / "test.yml").write_text(yaml.safe_dump({"rule_files": [str(DEPLOY / "alerts.yml")], "tests": [case]}))
+    checked = subprocess.run(
+        ["promtool", "test", "rules", str(tmp_path / "test.yml")],
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
