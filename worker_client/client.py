@@ -32,7 +32,7 @@ from worker_client.link import Link
 from worker_client.local_trunk import trunk_of
 from worker_client.masking import Roster
 from worker_client.policy import Policy, check_job, check_server
-from worker_client.privacy.ledger import Ledger, Spent, default_path, digest_of
+from worker_client.privacy.ledger import Ledger, Spent, digest_of, path_of
 from worker_client.privacy.protection import Protection
 from worker_client.steps import Report
 from worker_client.training import Training
@@ -52,8 +52,9 @@ class ClientSettings:
 
     `model`: this site's copy of the model, if it is not where the job says. `validation_fraction` of the rows are held
     out unless `validation` names a file of its own. `policy`: what this site accepts. `reconnect_s`: how long to try to
-    get back when a connection broke. `privacy_ledger`: where what jobs spend is kept, by default beside the rows.
-    `group_key`: the file of the data owners' common key, which a job with aggregation.group_key needs.
+    get back when a connection broke. `privacy_ledger`: where what jobs spend is kept, by default beside the rows; a
+    folder has one for each file of rows. `group_key`: the file of the data owners' common key, which a job with
+    aggregation.group_key needs.
     """
 
     data: Path
@@ -181,7 +182,7 @@ def ledger_of(data: Path, ledger: Path | None, policy: Policy, job: Job) -> Ledg
     """What a private job on the rows of `data` is paid from; None for any other. Raises DataError."""
     if job.privacy.type == "none":
         return None
-    return Ledger(ledger or default_path(data), digest_of(data), policy.max_epsilon, policy.max_delta)
+    return Ledger(path_of(data, ledger), digest_of(data), policy.max_epsilon, policy.max_delta)
 
 
 def agree(link: Link, invitation: Invitation, policy: Policy, model: str | None) -> tuple[Job, Checkpoint]:

@@ -4,7 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,17 @@ def accept(words: list[str]) -> None:
         assert path[-1] in command.commands, f"{' '.join(path)} is no command"
         command = command.commands[path[-1]]
     command.make_context(" ".join(path), words)
+
+
+def with_defaults(word: str, chosen: Mapping[str, str]) -> str:
+    """With `${NAME}` and `${NAME:-default}` filled in where they are chosen or have a default."""
+    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", lambda found: chosen.get(found[1], found[2] or found[0]), word)
+
+
+def unit_defaults(unit: Path) -> dict[str, str]:
+    """The variables that a unit sets itself; its EnvironmentFile may say otherwise."""
+    lines = re.findall(r"^Environment=(.*)$", unit.read_text(), re.M)
+    return dict(word.split("=", 1) for line in lines for word in line.split())
 
 
 def unit_words(unit: Path) -> list[str]:
@@ -140,8 +151,42 @@ def test_units_are_started_again_unless_it_is_no_use(unit: Path) -> None:
     assert settings["NoNewPrivileges"] == "yes"
     assert settings["ProtectSystem"] == "strict"
     assert settings["User"] == unit.name.split(".")[0].rstrip("@")
-    written = [word for word in unit_words(unit) if word.startswith("/var/lib/")]
-    assert all(word.startswith(f"/var/lib/{settings['StateDirectory']}/") for word in written)
+    states = [f"/var/lib/{folder}" for folder in settings.get("StateDirectory", "").split()]
+    words = [with_defaults(word, unit_defaults(unit)) for word in unit_words(unit)]
+    for word in words:
+        assert not word.startswith("/var/lib/") or any(f"{word}/".startswith(f"{folder}/") for folder in states), word
+
+
+def test_two_instances_on_the_same_rows_pay_from_one_ledger() -> None:
+    """The unit of systemd, for two jobs: results apart, what was spent together."""
+    unit = DEPLOY / "systemd" / "flglm-client@.service"
+    words = [with_defaults(word, unit_defaults(unit)) for word in unit_words(unit)]
+    first, second = ([word.replace("%i", name) for word in words] for name in ("hospital-a", "hospital-a-2"))
+    options = {words[at]: (first[at + 1], second[at + 1]) for at in range(len(words)) if words[at].startswith("--")}
+    assert len(set(options["--out"])) == 2
+    assert options["--privacy-ledger"] == ("/var/lib/flglm-ledgers",) * 2
+    chosen = [with_defaults(word, {"FLGLM_LEDGER": "/var/lib/flglm-ledgers/x.json"}) for word in unit_words(unit)]
+    assert chosen[chosen.index("--privacy-ledger") + 1] == "/var/lib/flglm-ledgers/x.json"
+
+
+def test_a_second_job_in_a_container_pays_from_the_same_ledger() -> None:
+    """Its result lies beside the first's, in a volume that is the same for every project."""
+    document = load(COMPOSE)
+    command = document["services"]["client"]["command"]
+    first, second = (
+        dict(with_defaults(word, chosen).split("=", 1) for word in command if "=" in word)
+        for chosen in ({}, {"FLGLM_RESULT": "job-2"})
+    )
+    assert {key for key in first if first[key] != second[key]} == {"--out"}
+    (volume,) = [entry for entry in document["services"]["client"]["volumes"] if entry["type"] == "volume"]
+    for options in (first, second):
+        assert options["--out"].startswith(f"{volume['target']}/")
+        assert options["--privacy-ledger"].startswith(f"{volume['target']}/")
+        assert not options["--privacy-ledger"].startswith(options["--out"])
+    # As it was named before it had a name, so that nobody's is left behind.
+    assert document["volumes"][volume["source"]] == {"name": f"{document['name']}_{volume['source']}"}
+    guide = GUIDES[0].read_text()
+    assert {"FLGLM_RESULT", "FLGLM_LEDGER"} <= set(re.findall(r"FLGLM_[A-Z]+", guide))
 
 
 def test_nobody_kills_a_server_that_still_computes() -> None:
@@ -167,7 +212,7 @@ def test_containers_can_write_to_their_volumes_alone(name: str) -> None:
     mounted = {entry["target"] for entry in [*service["volumes"], *service.get("configs", [])]}
     mounted |= {f"/run/secrets/{name}" for name in service.get("secrets", [])}
     for word in service["command"]:
-        path = word.partition("=")[2]
+        path = with_defaults(word.partition("=")[2], {})
         assert not path.startswith("/") or any(path == to or path.startswith(f"{to}/") for to in mounted), word
 
 
