@@ -187,6 +187,15 @@ def client_train(
     reconnect: Annotated[
         float, typer.Option("--reconnect", min=0, help="seconds to try to get back after the connection broke")
     ] = 600.0,
+    wait: Annotated[
+        float | None,
+        typer.Option(
+            "--wait",
+            min=0.1,
+            help="seconds to wait for the other members, for a round to begin or to end (with cohort.sampled, times "
+            "the job's rounds); by default an hour, or cohort.deadline_s where that is longer, and a minute",
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     verbose: VerboseOption = False,
     format: FormatOption = Format.TXT,
@@ -208,6 +217,7 @@ def client_train(
         threads=threads,
         connect_timeout_s=connect_timeout,
         reconnect_s=reconnect,
+        wait_s=wait,
         policy=Policy() if policy is None else load_policy(policy),
         privacy_ledger=privacy_ledger,
         group_key=group_key,

@@ -54,7 +54,8 @@ class ClientSettings:
     out unless `validation` names a file of its own. `policy`: what this site accepts. `reconnect_s`: how long to try to
     get back when a connection broke. `privacy_ledger`: where what jobs spend is kept, by default beside the rows; a
     folder has one for each file of rows. `group_key`: the file of the data owners' common key, which a job with
-    aggregation.group_key needs.
+    aggregation.group_key needs. `wait_s`: how long to wait for the other members, for a round to begin or to end; None
+    for an hour, or cohort.deadline_s where that is longer, and a minute.
     """
 
     data: Path
@@ -68,6 +69,7 @@ class ClientSettings:
     policy: Policy = ACCEPT_ALL
     privacy_ledger: Path | None = None
     group_key: Path | None = None
+    wait_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def run_client(
         try:
             with way.link() as link:
                 site = site or _prepare(settings, invitation, link, report)
-                score = site.train(link, settings.out, heard)
+                score = site.train(link, settings.out, heard, settings.wait_s)
                 privacy = None if site.ledger is None else site.ledger.spent(site.job)
                 _write_result(settings.out, site.job, site.parts, score, privacy)
                 break
@@ -131,10 +133,10 @@ class Site:
     ledger: Ledger | None = None
     group: Group | None = None
 
-    def train(self, link: Link, out: Path, report: Report) -> Score | None:
-        """Through one link, from the newest checkpoint in `out` to the end of the job."""
+    def train(self, link: Link, out: Path, report: Report, wait_s: float | None) -> Score | None:
+        """Through one link, from the newest checkpoint in `out` to the end of the job; `wait_s`: see ClientSettings."""
         timeout_s = max(self.job.cohort.deadline_s, WAIT_FOR_ROUND_S) + GRACE_S
-        trunk = trunk_of(link, self.job, self.parts, timeout_s)
+        trunk = trunk_of(link, self.job, self.parts, timeout_s, wait_s)
         protection = None if self.ledger is None else Protection(self.job, self.ledger, report)
         return Training(
             self.job, self.parts, trunk, self.rows, self.validation, out, report, self.roster, protection, self.group

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.fidelity import ALL, Case, make_job, write_random_rows
+from benchmarks.fidelity import ALL, Case, make_job, random_rows, write_random_rows
 from benchmarks.plain import train_plain
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
-from launcher.in_process import CLIENTS, Serving, serving, trunk_tensors
+from broker.settings import BrokerSettings
+from launcher.in_process import CLIENTS, Background, Serving, Site, serving, train_one, trunk_tensors
+from launcher.main import main
 from launcher.progress import ClientProgress
 from launcher.whole_models import drawn_whole
 from shared import state_files
-from shared.errors import CheckpointError, DataError, HandshakeError, ModelError, Refused
-from shared.invitations import BrokerAt, Invitation
-from shared.job import Job, Prompt
+from shared.errors import CheckpointError, DataError, DeadlineExceeded, HandshakeError, ModelError, Refused
+from shared.invitations import BrokerAt, Invitation, write_invitation
+from shared.job import Job, Prompt, parse_job
 from shared.model.checkpoint import SINGLE, Checkpoint, checkpoint_of
 from worker_client.batches import batch_indices
 from worker_client.client import ClientSettings, Result, finished_before, load_tokenizer, run_client
 from worker_client.data import load_rows
 from worker_client.head_tail import load_client_parts
+from worker_client.local_trunk import trunk_of
+from worker_client.remote_trunk import RemoteTrunk
 
 
 @pytest.fixture
@@ -118,6 +122,44 @@ def test_a_log_has_a_line_for_every_round_and_a_terminal_a_bar(
     lines = [line for line in capsys.readouterr().err.splitlines() if " of 2: " in line]
     assert [line.rpartition(",")[0] for line in lines] == ([] if drawn else expected)
     assert all(line.endswith(" s") for line in lines)
+
+
+def test_who_waits_in_vain_for_the_others_is_told_for_whom_and_how_to_wait_longer(
+    job: Job, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command itself, against a job of two clients of whom one never comes."""
+    pair = job.model_copy(update={"cohort": job.cohort.model_copy(update={"clients": 2})})
+    anywhere = BrokerSettings(frontend="tcp://127.0.0.1:*", backend="tcp://127.0.0.1:*")
+    with serving(pair, tmp_path, ["anna", "berta"], broker_settings=anywhere) as running:
+        invited = invitation_of(running).model_copy(
+            update={
+                "brokers": [BrokerAt(address=running.broker.frontend)],
+                "expires_at": datetime.now(UTC) + timedelta(days=1),
+            }
+        )
+        write_invitation(tmp_path / "anna.invite", invited, None)
+        words = ["--invite", "anna.invite", "--key", "keys/anna.key", "--data", data.name, "--out", "out"]
+        at = [word if word.startswith("--") else str(tmp_path / word) for word in words]
+        with pytest.raises(SystemExit) as ended:
+            main(["client", "train", *at, "--wait", "0.5"])
+    assert ended.value.code == DeadlineExceeded.exit_code == 3
+    said = capsys.readouterr().err
+    assert "no round began: the job waits for its other members (cohort.clients=2) (waited 0.5 s)" in said
+    assert "--wait SECONDS waits longer" in said
+
+
+def test_who_waits_in_vain_for_a_round_to_end_is_told_so(job: Job, tmp_path: Path) -> None:
+    """In plain FedAvg: the other member is there, and trains without end."""
+    values = job.model_dump(mode="json")
+    pair = parse_job(values | {"split": {"trunk": "client"}, "cohort": values["cohort"] | {"clients": 2}}, "job")
+    with serving(pair, tmp_path, ["anna", "berta"]) as running, running.link("berta") as slow:
+        joined = Background("berta", lambda: RemoteTrunk(slow, pair, 60.0).join(8))
+        waits = Site(random_rows(8, 0), trunk=lambda link, job, parts, _: trunk_of(link, job, parts, 60.0, 0.5))
+        with pytest.raises(DeadlineExceeded, match=r"round 1 has not ended: .* other members \(waited 0.5 s\)") as late:
+            train_one(running, "anna", waits, tmp_path)
+        joined.join()
+    assert late.value.hint is not None
+    assert "--wait" in late.value.hint
 
 
 def test_a_step_is_a_line_of_the_log_for_who_wants_details(
