@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -124,6 +125,16 @@ def test_a_log_has_a_line_for_every_round_and_a_terminal_a_bar(
     assert all(line.endswith(" s") for line in lines)
 
 
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """A command sets handlers for its process, which here is that of the tests."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
 def test_who_waits_in_vain_for_the_others_is_told_for_whom_and_how_to_wait_longer(
     job: Job, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
