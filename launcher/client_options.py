@@ -11,7 +11,10 @@ ValidationOption = Annotated[Path | None, typer.Option("--validation", help="row
 ModelOption = Annotated[str | None, typer.Option("--model", help="this site's copy of the job's model")]
 PolicyOption = Annotated[Path | None, typer.Option("--policy", help="what this site accepts, YAML")]
 LedgerOption = Annotated[
-    Path | None, typer.Option("--privacy-ledger", help="what jobs spent of the rows' privacy; by default beside --data")
+    Path | None,
+    typer.Option(
+        "--privacy-ledger", help="what jobs spent of the rows' privacy: a file, or a folder; by default beside --data"
+    ),
 ]
 GroupKeyOption = Annotated[
     Path | None, typer.Option("--group-key", help="the data owners' common key, for a job with aggregation.group_key")

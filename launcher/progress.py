@@ -1,5 +1,7 @@
 """A client's progress for the person who watches it."""
 
+from collections.abc import Sequence
+from statistics import fmean
 from types import TracebackType
 from typing import Any
 
@@ -8,16 +10,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ClientProgress:
-    """A bar with loss, tokens/s and the share of time spent waiting for the server; notes for rounds and rows."""
+    """A bar with loss, tokens/s and the share of time spent waiting for the server; notes for rounds and rows.
+
+    Where no bar is drawn (a log, a pipe), a line for every round that is done.
+    """
 
     def __init__(self, *, enabled: bool) -> None:
+        console = Console(stderr=True)
+        self.bar_is_drawn = enabled and console.is_terminal
+        self.losses: list[float] = []
         self.progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=console,
             disable=not enabled,
             transient=True,
         )
@@ -53,13 +61,17 @@ class ClientProgress:
             case "resumed":
                 self.progress.console.print(f"resumed after {event['rounds']} rounds")
             case "round":
+                self.losses = []
                 self.progress.update(self.task, description=f"round {event['round'] + 1}")
             case "evaluation":
                 self.progress.console.print(
                     f"after {event['rounds']} rounds: held-out loss {event['loss']:.4f}, "
                     f"accuracy {event['accuracy']:.1%} of {event['rows']} rows"
                 )
+            case "round_done" if not self.bar_is_drawn:
+                self.progress.console.print(_round_line(event, self.losses))
             case "step":
+                self.losses.append(event["loss"])
                 self.progress.update(self.task, completed=event["step"] + 1, note=_step_note(event))
             case "finished_before":
                 self.progress.console.print(f"this job was finished before: its result is in {event['out']}")
@@ -104,6 +116,11 @@ def _updates_line(event: dict[str, Any]) -> str:
     if event["secure"] == "off":
         return f"updates are not masked: {event['why_off']}"
     return f"updates are masked ({event['secure']}): {event['seen']}"
+
+
+def _round_line(event: dict[str, Any], losses: Sequence[float]) -> str:
+    loss = f"mean loss {fmean(losses):.4f}, " if losses else ""
+    return f"round {event['round'] + 1} of {event['of']}: {loss}{event['seconds']:.1f} s"
 
 
 _LEFT_OUT = {

@@ -55,7 +55,6 @@ def broker(
         int, typer.Option("--max-peers", min=1, help="connected workers, clients and servers together")
     ] = 4096,
     metrics_address: MetricsOption = None,
-    verbose: VerboseOption = False,
     format: FormatOption = Format.TXT,
 ) -> None:
     """Route sealed messages between clients and servers. It can open none of them."""
@@ -63,7 +62,7 @@ def broker(
     from broker.service import Broker
     from broker.settings import BrokerSettings
 
-    configure("broker", verbose=verbose)
+    configure("broker")
     keep_freed_memory()
     guard = guard_of(key, clients, servers, plain=plain)
     settings = BrokerSettings(frontend=clients_address, backend=servers_address, max_peers=max_peers)
@@ -188,6 +187,15 @@ def client_train(
     reconnect: Annotated[
         float, typer.Option("--reconnect", min=0, help="seconds to try to get back after the connection broke")
     ] = 600.0,
+    wait: Annotated[
+        float | None,
+        typer.Option(
+            "--wait",
+            min=0.1,
+            help="seconds to wait for the other members, for a round to begin or to end (with cohort.sampled, times "
+            "the job's rounds); by default an hour, or cohort.deadline_s where that is longer, and a minute",
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     verbose: VerboseOption = False,
     format: FormatOption = Format.TXT,
@@ -209,6 +217,7 @@ def client_train(
         threads=threads,
         connect_timeout_s=connect_timeout,
         reconnect_s=reconnect,
+        wait_s=wait,
         policy=Policy() if policy is None else load_policy(policy),
         privacy_ledger=privacy_ledger,
         group_key=group_key,

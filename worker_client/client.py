@@ -32,13 +32,14 @@ from worker_client.link import Link
 from worker_client.local_trunk import trunk_of
 from worker_client.masking import Roster
 from worker_client.policy import Policy, check_job, check_server
-from worker_client.privacy.ledger import Ledger, Spent, default_path, digest_of
+from worker_client.privacy.ledger import Ledger, Spent, digest_of, path_of
 from worker_client.privacy.protection import Protection
 from worker_client.steps import Report
 from worker_client.training import Training
 from worker_client.way import Way
 
-# A cohort waits for its slowest member until the job's deadline; the answer itself takes a little longer.
+# A cohort waits for its slowest member until the job's deadline (in plain FedAvg that of all local steps); the answer
+# itself takes a little longer.
 GRACE_S = 60.0
 WAIT_FOR_ROUND_S = 3600.0
 ACCEPT_ALL = Policy()
@@ -52,8 +53,10 @@ class ClientSettings:
 
     `model`: this site's copy of the model, if it is not where the job says. `validation_fraction` of the rows are held
     out unless `validation` names a file of its own. `policy`: what this site accepts. `reconnect_s`: how long to try to
-    get back when a connection broke. `privacy_ledger`: where what jobs spend is kept, by default beside the rows.
-    `group_key`: the file of the data owners' common key, which a job with aggregation.group_key needs.
+    get back when a connection broke. `privacy_ledger`: where what jobs spend is kept, by default beside the rows; a
+    folder has one for each file of rows. `group_key`: the file of the data owners' common key, which a job with
+    aggregation.group_key needs. `wait_s`: how long to wait for the other members, for a round to begin or to end; None
+    for an hour, or cohort.deadline_s where that is longer, and a minute.
     """
 
     data: Path
@@ -67,6 +70,7 @@ class ClientSettings:
     policy: Policy = ACCEPT_ALL
     privacy_ledger: Path | None = None
     group_key: Path | None = None
+    wait_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def run_client(
         try:
             with way.link() as link:
                 site = site or _prepare(settings, invitation, link, report)
-                score = site.train(link, settings.out, heard)
+                score = site.train(link, settings.out, heard, settings.wait_s)
                 privacy = None if site.ledger is None else site.ledger.spent(site.job)
                 _write_result(settings.out, site.job, site.parts, score, privacy)
                 break
@@ -130,10 +134,11 @@ class Site:
     ledger: Ledger | None = None
     group: Group | None = None
 
-    def train(self, link: Link, out: Path, report: Report) -> Score | None:
-        """Through one link, from the newest checkpoint in `out` to the end of the job."""
-        timeout_s = max(self.job.cohort.deadline_s, WAIT_FOR_ROUND_S) + GRACE_S
-        trunk = trunk_of(link, self.job, self.parts, timeout_s)
+    def train(self, link: Link, out: Path, report: Report, wait_s: float | None) -> Score | None:
+        """Through one link, from the newest checkpoint in `out` to the end of the job; `wait_s`: see ClientSettings."""
+        steps = self.job.rounds.local_steps if self.job.split.trunk == "client" else 1
+        timeout_s = max(self.job.cohort.deadline_s * steps, WAIT_FOR_ROUND_S) + GRACE_S
+        trunk = trunk_of(link, self.job, self.parts, timeout_s, wait_s)
         protection = None if self.ledger is None else Protection(self.job, self.ledger, report)
         return Training(
             self.job, self.parts, trunk, self.rows, self.validation, out, report, self.roster, protection, self.group
@@ -181,7 +186,7 @@ def ledger_of(data: Path, ledger: Path | None, policy: Policy, job: Job) -> Ledg
     """What a private job on the rows of `data` is paid from; None for any other. Raises DataError."""
     if job.privacy.type == "none":
         return None
-    return Ledger(ledger or default_path(data), digest_of(data), policy.max_epsilon, policy.max_delta)
+    return Ledger(path_of(data, ledger), digest_of(data), policy.max_epsilon, policy.max_delta)
 
 
 def agree(link: Link, invitation: Invitation, policy: Policy, model: str | None) -> tuple[Job, Checkpoint]:

@@ -30,6 +30,7 @@ from shared.wire.waker import Waker
 MAX_IN_FLIGHT = 64
 POLL_MS = 250
 RETRY_S = 0.5
+RESUME = "run the same command to resume"
 # Ends of a session after which another may be opened, as they say nothing against this client.
 PASSING = (
     "server_gone", "server_stopping", "broker_stopping", "unknown_peer", "unknown_session", "round_undone", "timed_out",
@@ -125,20 +126,12 @@ class Link:
             self.outgoing.put_nowait(Call(message, (), Future()))
             self.waker.wake()
 
-    def call(self, message: Message, frames: Sequence[Frame] = (), *, timeout_s: float) -> Answer:
-        """Send a request and wait for its answer.
-
-        Raises Refused with the server's reason, DeadlineExceeded, ConnectionFailed.
-        """
-        kind = type(message).__name__.lower()
-        return self.wait(self.send(message, frames), timeout_s, f"no answer to a {kind} request")
-
-    def wait(self, answer: "Future[Answer]", timeout_s: float, what: str) -> Answer:
-        """What `send` returned, when it is there. Raises Refused, DeadlineExceeded, ConnectionFailed."""
+    def wait(self, answer: "Future[Answer]", timeout_s: float, what: str, hint: str = RESUME) -> Answer:
+        """What `send` returned, when it is there. Raises Refused, DeadlineExceeded with `what`, ConnectionFailed."""
         try:
             return answer.result(timeout_s)
         except FutureTimeout:
-            raise DeadlineExceeded(f"{what} (waited {timeout_s:g} s)", hint="run the same command to resume") from None
+            raise DeadlineExceeded(f"{what} (waited {timeout_s:g} s)", hint=hint) from None
 
     def _stop(self) -> None:
         self.closing.set()

@@ -67,8 +67,8 @@ class LocalTrunk(RemoteTrunk):
         return self.part.forward(hidden.to(self.part.dtype), lengths, caches=caches).float()
 
 
-def trunk_of(link: Link, job: Job, parts: HeadTail, timeout_s: float) -> RemoteTrunk:
+def trunk_of(link: Link, job: Job, parts: HeadTail, timeout_s: float, wait_s: float | None = None) -> RemoteTrunk:
     """The trunk that the job's clients train with: the server's, or their own."""
     if parts.trunk is None:
-        return RemoteTrunk(link, job, timeout_s)
-    return LocalTrunk(link, job, timeout_s, parts.trunk)
+        return RemoteTrunk(link, job, timeout_s, wait_s=wait_s)
+    return LocalTrunk(link, job, timeout_s, parts.trunk, wait_s=wait_s)

@@ -38,6 +38,7 @@ from worker_client.batches import Batch
 from worker_client.link import Answer, Link
 
 Due = TypeVar("Due")
+HOW_TO_WAIT = "run the same command to resume; --wait SECONDS waits longer"
 
 
 @dataclass(frozen=True)
@@ -84,23 +85,26 @@ class Pending:
 
 @dataclass(frozen=True)
 class RemoteTrunk:
-    """Calls wait for their answers, `timeout_s` at most (a cohort waits for its slowest member).
+    """Calls wait for their answers, `timeout_s` at most (a cohort waits for its slowest member); for a round to begin,
+    and to end, `wait_s` if it is given.
 
-    Where rounds are of some clients only (cohort.sampled), `timeout_s` is how long a round may take, and a client may
-    not be drawn before the last: it waits for all of them.
+    Where rounds are of some clients only (cohort.sampled), that is how long a round may take, and a client may not be
+    drawn before the last: it waits for all of them.
     """
 
     link: Link
     job: Job
     timeout_s: float
+    wait_s: float | None = field(default=None, kw_only=True)
 
     @property
     def round_timeout_s(self) -> float:
         """How long a client waits for its next round."""
-        return self.timeout_s * (1 if self.job.cohort.sampled is None else self.job.rounds.count)
+        wait_s = self.timeout_s if self.wait_s is None else self.wait_s
+        return wait_s * (1 if self.job.cohort.sampled is None else self.job.rounds.count)
 
     def join(self, rows: int) -> Boundary:
-        """Waits until the next round begins."""
+        """Waits until the next round begins, and so for the other members. Raises DeadlineExceeded."""
         return self._boundary(Join(request=self.link.next_request(), rows=rows), [])
 
     def update(self, round: int, weight: int, values: Mapping[str, Tensor]) -> Boundary:
@@ -128,7 +132,7 @@ class RemoteTrunk:
         `weight`: that of this client's own adapter in the trunk, in the first step.
         """
         message = Mask(request=self.link.next_request(), round=round, weight=weight, body=body)  # type: ignore[arg-type]
-        answer = self._call(message, frames)
+        answer = self._of_round(message, frames)
         if not isinstance(answer.message, Masking):
             return self._read_boundary(answer)
         step = answer.message.body
@@ -205,7 +209,7 @@ class RemoteTrunk:
         return Pending(message.request, tuple(hidden.shape), self.link.send(message, [frame]))
 
     def _boundary(self, message: Join | Update, frames: Sequence[Frame]) -> Boundary:
-        return self._read_boundary(self._call(message, frames))
+        return self._read_boundary(self._of_round(message, frames))
 
     def _read_boundary(self, answer: Answer) -> Boundary:
         reply = _expect(answer, RoundStart, Finished)
@@ -224,8 +228,12 @@ class RemoteTrunk:
         told = averages, control, residuals, reply.refused, reply.counted, sum
         return Boundary(round, members, *told, reply.pieces, rest[: len(reply.pieces)], reply.sealed, box)
 
-    def _call(self, message: Any, frames: Sequence[Frame]) -> Answer:
-        return self.link.call(message, frames, timeout_s=self.round_timeout_s)
+    def _of_round(self, message: Join | Update | Mask, frames: Sequence[Frame]) -> Answer:
+        """The answer to what the server answers when the other members have done their part too."""
+        what = f"no round began: the job waits for its other members (cohort.clients={self.job.cohort.clients})"
+        if not isinstance(message, Join):
+            what = f"round {message.round + 1} has not ended: it waits for its other members"
+        return self.link.wait(self.link.send(message, frames), self.round_timeout_s, what, HOW_TO_WAIT)
 
 
 def _expect(answer: Answer, *kinds: type) -> Any:

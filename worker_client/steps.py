@@ -5,6 +5,7 @@ between. In greedy mode every batch is a step, and steps overlap: the head's bac
 forward used, while the optimizer moves on.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from shared.errors import TensorError
 from shared.job import Job
+from shared.logs import event
 from shared.model.optimizer import PartOptimizer
 from worker_client.batches import Batch, batch_indices, pack_rows
 from worker_client.data import Row
@@ -22,6 +24,8 @@ from worker_client.drift import Drift
 from worker_client.head_tail import HeadTail
 from worker_client.pipeline import schedule
 from worker_client.remote_trunk import Pending, RemoteTrunk
+
+logger = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -152,14 +156,13 @@ class Steps:
     def _end_step(self, round: int, batches: Sequence[Underway], began: float) -> None:
         self.drift.correct(self.parts.shared)
         self.optimizer.step()
-        self.report(
-            {
-                "event": "step",
-                "step": round * self.job.rounds.local_steps + batches[0].step,
-                "round": round,
-                "loss": sum(underway.loss * underway.share for underway in batches),
-                "tokens": sum(underway.batch.tokens for underway in batches),
-                "seconds": time.monotonic() - began,
-                "waited_s": sum(underway.waited_s for underway in batches),
-            }
-        )
+        done = {
+            "step": round * self.job.rounds.local_steps + batches[0].step,
+            "round": round,
+            "loss": sum(underway.loss * underway.share for underway in batches),
+            "tokens": sum(underway.batch.tokens for underway in batches),
+            "seconds": time.monotonic() - began,
+            "waited_s": sum(underway.waited_s for underway in batches),
+        }
+        event(logger, "step_done", level=logging.DEBUG, **done)
+        self.report({"event": "step"} | done)

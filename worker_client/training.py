@@ -69,6 +69,7 @@ class Training:
         boundary = self.trunk.join(len(self.rows))
         score: Score | None = None
         while (round := boundary.round) is not None:
+            began = time.monotonic()
             terms = masked.terms(boundary)
             self.progress.align(round)
             self.progress.settle(boundary)
@@ -85,6 +86,9 @@ class Training:
                 if error.reason not in LEFT_BEHIND:
                     raise
                 boundary = self._left_behind(round, error)
+            else:
+                done = {"round": round, "of": self.job.rounds.count, "seconds": time.monotonic() - began}
+                self.report({"event": "round_done", **done})
         self._apply(boundary)
         score = self._evaluate(self.job.rounds.count)
         self.report({"event": "finished", "rounds": self.job.rounds.count})

@@ -10,7 +10,7 @@ SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30
 
 
 class CohortMetrics:
-    """Sizes and waits as histograms of `registry`; sums in `counters`."""
+    """Sizes and waits as histograms of `registry`; forwards by purpose in `cohorts`, other sums in `counters`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Histogram(
@@ -23,11 +23,12 @@ class CohortMetrics:
             registry=registry,
         )
         self.counters: Counter[str] = Counter()
+        self.cohorts: Counter[str] = Counter()
 
-    def forward(self, tokens: Sequence[int]) -> None:
-        """A cohort was computed: the tokens of each request."""
+    def forward(self, purpose: str, tokens: Sequence[int]) -> None:
+        """A cohort was computed: what for, and the tokens of each request."""
         self.requests.observe(len(tokens))
-        self.counters["cohorts"] += 1
+        self.cohorts[purpose] += 1
         self.counters["tokens"] += sum(tokens)
 
     def computed(self, waits: Sequence[float], seconds: float) -> None:

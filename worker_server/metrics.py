@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from shared.monitoring import refusals
-from worker_server.service import Service
+from worker_server.service import PURPOSES, Service
 
 # What the service counts of updates and their masked sums.
 OF_UPDATES = {
@@ -24,10 +24,11 @@ class ServerMetrics(Collector):
         self.service = service
 
     def collect(self) -> Iterable[Metric]:
-        sessions = list(self.service.sessions)
+        sessions, rounds = list(self.service.sessions), self.service.rounds
         gauges = {
             "sessions": ("Open sessions.", len(sessions)),
-            "round": ("Completed rounds.", self.service.rounds.round),
+            "round": ("Completed rounds.", rounds.round),
+            "rounds_left": ("Rounds of the job not yet completed.", rounds.plan.rounds - rounds.round),
             "queue_requests": ("Requests not yet answered.", sum(len(session.unanswered) for session in sessions)),
             "brokers": ("Brokers that answer.", sum(connection.up for connection in self.service.brokers.connections)),
         }
@@ -35,7 +36,10 @@ class ServerMetrics(Collector):
             yield GaugeMetricFamily(f"flglm_server_{name}", text, value=value)
         yield from self._checkpoint_age()
         counted = self.service.metrics.counters.copy()
-        yield CounterMetricFamily("flglm_server_cohorts", "Forwards of the trunk.", value=counted["cohorts"])
+        cohorts = CounterMetricFamily("flglm_server_cohorts", "Forwards of the trunk.", labels=["purpose"])
+        for purpose in PURPOSES.values():
+            cohorts.add_metric([purpose], self.service.metrics.cohorts[purpose])
+        yield cohorts
         yield CounterMetricFamily("flglm_server_cohort_tokens", "Tokens in them.", value=counted["tokens"])
         yield CounterMetricFamily(
             "flglm_server_compute_seconds", "Time the trunk was busy.", value=counted["microseconds"] / 1e6

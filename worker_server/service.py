@@ -68,6 +68,7 @@ from worker_server.work import (
     StartRound,
     SumFailed,
     Ticket,
+    Work,
 )
 
 POLL_S = 0.25
@@ -76,6 +77,8 @@ STOP_S = 600.0
 ADMISSIONS_S = 0.25
 # What a broker says to a server that it will not serve, however often it asks.
 FINAL = ("version", "wrong_side", "too_many_peers", "not_admitted", "revoked")
+# What forwards are for, in metrics.
+PURPOSES: dict[type[Work], str] = {RunForward: "train", RunEvaluation: "evaluate", RunGeneration: "generate"}
 DISMISSED = "round_undone", "the round lost more members than cohort.quorum allows, and begins anew"
 DISMISSED_LATE = "timed_out", "the round goes on without this client, which the others waited for in vain"
 
@@ -368,6 +371,8 @@ class Service:
                     self.engine.submit(instruction)
 
     def _deliver(self, outcome: Computed, now: float) -> None:
+        if isinstance(outcome.work, RunForward | RunEvaluation | RunGeneration):
+            self.metrics.forward(PURPOSES[type(outcome.work)], [ticket.tokens for ticket in outcome.work.tickets])
         waits = []
         for ticket, tensor in outcome.answers:
             session = self.sessions.get(ticket.session)
@@ -377,8 +382,6 @@ class Service:
         self.metrics.computed(waits, outcome.ended - outcome.began)
         self.counters["updates_bounded"] += outcome.bounded
         self.counters["wrong_shares"] += outcome.liars
-        if isinstance(outcome.work, RunForward | RunEvaluation | RunGeneration):
-            self.metrics.forward([ticket.tokens for ticket in outcome.work.tickets])
         match outcome.work:
             case RunForward():
                 self._carry_out(self.rounds.forward_done(outcome.work.cohort, now))

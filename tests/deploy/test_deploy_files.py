@@ -4,13 +4,14 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 import yaml
+from prometheus_client import Metric
 
 from benchmarks.fidelity import Case, make_job
 from benchmarks.tiny_models import save_tiny_model
@@ -28,6 +29,7 @@ GUIDES = (ROOT / "docs" / "several-machines.md", ROOT / "README.md")
 UNITS = sorted((DEPLOY / "systemd").iterdir())
 ROLES = ("broker", "server", "client")
 BINARY = "/opt/flglm/bin/flglm"
+CLIENT = ["client", "train", "--invite=i", "--key=k", "--data=d", "--out=o"]
 # The series of a histogram end in these.
 SERIES = ("_bucket", "_sum", "_count")
 
@@ -50,6 +52,17 @@ def accept(words: list[str]) -> None:
         assert path[-1] in command.commands, f"{' '.join(path)} is no command"
         command = command.commands[path[-1]]
     command.make_context(" ".join(path), words)
+
+
+def with_defaults(word: str, chosen: Mapping[str, str]) -> str:
+    """With `${NAME}` and `${NAME:-default}` filled in where they are chosen or have a default."""
+    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", lambda found: chosen.get(found[1], found[2] or found[0]), word)
+
+
+def unit_defaults(unit: Path) -> dict[str, str]:
+    """The variables that a unit sets itself; its EnvironmentFile may say otherwise."""
+    lines = re.findall(r"^Environment=(.*)$", unit.read_text(), re.M)
+    return dict(word.split("=", 1) for line in lines for word in line.split())
 
 
 def unit_words(unit: Path) -> list[str]:
@@ -113,6 +126,16 @@ def test_commands_of_the_units_exist(unit: Path) -> None:
     accept(unit_words(unit))
 
 
+def test_a_broker_promises_no_line_a_step() -> None:
+    """It knows of no steps."""
+    for words in (["broker"], ["server", "--job=j", "--key=k"], CLIENT):
+        accept(words)
+    accept(["server", "--job=j", "--key=k", "-v"])
+    accept([*CLIENT, "-v"])
+    with pytest.raises(typer.BadParameter.__bases__[0], match="-v"):
+        accept(["broker", "-v"])
+
+
 # Facts that stand in two places
 
 
@@ -128,8 +151,42 @@ def test_units_are_started_again_unless_it_is_no_use(unit: Path) -> None:
     assert settings["NoNewPrivileges"] == "yes"
     assert settings["ProtectSystem"] == "strict"
     assert settings["User"] == unit.name.split(".")[0].rstrip("@")
-    written = [word for word in unit_words(unit) if word.startswith("/var/lib/")]
-    assert all(word.startswith(f"/var/lib/{settings['StateDirectory']}/") for word in written)
+    states = [f"/var/lib/{folder}" for folder in settings.get("StateDirectory", "").split()]
+    words = [with_defaults(word, unit_defaults(unit)) for word in unit_words(unit)]
+    for word in words:
+        assert not word.startswith("/var/lib/") or any(f"{word}/".startswith(f"{folder}/") for folder in states), word
+
+
+def test_two_instances_on_the_same_rows_pay_from_one_ledger() -> None:
+    """The unit of systemd, for two jobs: results apart, what was spent together."""
+    unit = DEPLOY / "systemd" / "flglm-client@.service"
+    words = [with_defaults(word, unit_defaults(unit)) for word in unit_words(unit)]
+    first, second = ([word.replace("%i", name) for word in words] for name in ("hospital-a", "hospital-a-2"))
+    options = {words[at]: (first[at + 1], second[at + 1]) for at in range(len(words)) if words[at].startswith("--")}
+    assert len(set(options["--out"])) == 2
+    assert options["--privacy-ledger"] == ("/var/lib/flglm-ledgers",) * 2
+    chosen = [with_defaults(word, {"FLGLM_LEDGER": "/var/lib/flglm-ledgers/x.json"}) for word in unit_words(unit)]
+    assert chosen[chosen.index("--privacy-ledger") + 1] == "/var/lib/flglm-ledgers/x.json"
+
+
+def test_a_second_job_in_a_container_pays_from_the_same_ledger() -> None:
+    """Its result lies beside the first's, in a volume that is the same for every project."""
+    document = load(COMPOSE)
+    command = document["services"]["client"]["command"]
+    first, second = (
+        dict(with_defaults(word, chosen).split("=", 1) for word in command if "=" in word)
+        for chosen in ({}, {"FLGLM_RESULT": "job-2"})
+    )
+    assert {key for key in first if first[key] != second[key]} == {"--out"}
+    (volume,) = [entry for entry in document["services"]["client"]["volumes"] if entry["type"] == "volume"]
+    for options in (first, second):
+        assert options["--out"].startswith(f"{volume['target']}/")
+        assert options["--privacy-ledger"].startswith(f"{volume['target']}/")
+        assert not options["--privacy-ledger"].startswith(options["--out"])
+    # As it was named before it had a name, so that nobody's is left behind.
+    assert document["volumes"][volume["source"]] == {"name": f"{document['name']}_{volume['source']}"}
+    guide = GUIDES[0].read_text()
+    assert {"FLGLM_RESULT", "FLGLM_LEDGER"} <= set(re.findall(r"FLGLM_[A-Z]+", guide))
 
 
 def test_nobody_kills_a_server_that_still_computes() -> None:
@@ -155,7 +212,7 @@ def test_containers_can_write_to_their_volumes_alone(name: str) -> None:
     mounted = {entry["target"] for entry in [*service["volumes"], *service.get("configs", [])]}
     mounted |= {f"/run/secrets/{name}" for name in service.get("secrets", [])}
     for word in service["command"]:
-        path = word.partition("=")[2]
+        path = with_defaults(word.partition("=")[2], {})
         assert not path.startswith("/") or any(path == to or path.startswith(f"{to}/") for to in mounted), word
 
 
@@ -174,23 +231,39 @@ def test_health_is_asked_where_metrics_are_served(role: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def metrics(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """What a running broker and server really serve; counters by their names in queries."""
+def served(tmp_path_factory: pytest.TempPathFactory) -> list[Metric]:
+    """What a running broker and server really serve."""
     folder = tmp_path_factory.mktemp("metrics")
     job = make_job(save_tiny_model("llama", folder / "model"), Case(("trunk",), 1))
     with serving(job, folder, ["a"]) as running, running.link("a"):
         registries = (running.broker.registry, running.running.registry)
-        families = [family for registry in registries for family in registry.collect()]
-    return {family.name + ("_total" if family.type == "counter" else "") for family in families}
+        return [family for registry in registries for family in registry.collect()]
 
 
-def test_alerts_and_guide_name_metrics_that_exist(metrics: set[str]) -> None:
+def test_alerts_and_guide_name_metrics_that_exist(served: list[Metric]) -> None:
+    metrics = {family.name + ("_total" if family.type == "counter" else "") for family in served}
     texts = [rule["expr"] for rule in rules()] + [GUIDES[0].read_text()]
     named = {name for text in texts for name in re.findall(r"flglm_(?:broker|server)_[a-z_]+", text)}
     for ending in SERIES:
         named = {name.removesuffix(ending) for name in named}
     assert named
     assert named <= metrics
+
+
+def test_alerts_and_guide_choose_by_purposes_that_exist(served: list[Metric]) -> None:
+    (cohorts,) = [family for family in served if family.name == "flglm_server_cohorts"]
+    texts = [rule["expr"] for rule in rules()] + [GUIDES[0].read_text()]
+    chosen = [choice for text in texts for choice in re.findall(r"flglm_server_cohorts_total(\{[^}]*\})?", text)]
+    exist = [f'{{purpose="{sample.labels["purpose"]}"}}' for sample in cohorts.samples]
+    assert len(chosen) >= 3
+    assert set(chosen) <= set(exist)
+
+
+def test_what_wakes_somebody_is_true_of_every_kind_of_job() -> None:
+    """In plain FedAvg there are no cohorts: what pages on them must look at rounds too."""
+    pages = [rule["expr"] for rule in rules() if rule["labels"]["severity"] == "page"]
+    assert any("flglm_server_round" in expr for expr in pages)
+    assert all("flglm_server_round" in expr for expr in pages if "cohort" in expr)
 
 
 def test_alerts_say_what_to_do_with_settings_and_codes_that_exist() -> None:
@@ -212,6 +285,55 @@ def test_the_image_holds_every_package() -> None:
 
 
 # Tools, where they are
+
+
+def series(name: str, values: str, **labels: str) -> dict[str, str]:
+    """For promtool: a server's samples, one a minute."""
+    chosen = ",".join(f'{key}="{value}"' for key, value in {"job": "flglm-server", "instance": "gpu", **labels}.items())
+    return {"series": f"flglm_server_{name}{{{chosen}}}", "values": values}
+
+
+# Four hours of a job: open sessions, completed rounds, rounds left, trained cohorts; whether somebody wakes.
+JOBS = {
+    "plain FedAvg that gets on": ("2x240", "0x50 1x50 2x50 3x50 4x50", "5x240", "0x240", False),
+    "plain FedAvg that waits": ("2x240", "1x240", "5x240", "0x240", True),
+    "long rounds of a trunk that trains": ("2x240", "1x240", "5x240", "0+5x240", False),
+    "a trunk that waits for a member": ("2x240", "1x240", "5x240", "70x240", True),
+    "nobody there": ("0x240", "1x240", "5x240", "70x240", False),
+    "a job that is done, and answers": ("2x240", "10x240", "0x240", "70x240", False),
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_no_progress_wakes_somebody_in_every_kind_of_job(name: str, tmp_path: Path) -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not on this machine")
+    sessions, rounds, left, trained, wakes = JOBS[name]
+    (rule,) = [rule for rule in rules() if rule["alert"] == "FlglmNoProgress"]
+    expected = {
+        "exp_labels": {"job": "flglm-server", "instance": "gpu", **rule["labels"]},
+        "exp_annotations": rule["annotations"],
+    }
+    case = {
+        "interval": "1m",
+        "input_series": [
+            series("sessions", sessions),
+            series("round", rounds),
+            series("rounds_left", left),
+            series("cohorts_total", trained, purpose="train"),
+            series("cohorts_total", "0+1x240", purpose="evaluate"),
+        ],
+        "alert_rule_test": [
+            {"eval_time": "30m", "alertname": rule["alert"], "exp_alerts": []},
+            {"eval_time": "230m", "alertname": rule["alert"], "exp_alerts": [expected] if wakes else []},
+        ],
+    }
+    (tmp_path / "test.yml").write_text(yaml.safe_dump({"rule_files": [str(DEPLOY / "alerts.yml")], "tests": [case]}))
+    checked = subprocess.run(
+        ["promtool", "test", "rules", str(tmp_path / "test.yml")],
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)

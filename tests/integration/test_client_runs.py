@@ -1,8 +1,10 @@
 """A data owner's whole run, from invitation and file to a result on disk, and every way to be wrong before it."""
 
 import json
+import logging
+import signal
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +12,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.fidelity import ALL, Case, make_job, write_random_rows
+from benchmarks.fidelity import ALL, Case, make_job, random_rows, write_random_rows
 from benchmarks.plain import train_plain
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
-from launcher.in_process import CLIENTS, Serving, serving, trunk_tensors
+from broker.settings import BrokerSettings
+from launcher.in_process import CLIENTS, Background, Serving, Site, serving, train_one, trunk_tensors
+from launcher.main import main
+from launcher.progress import ClientProgress
 from launcher.whole_models import drawn_whole
 from shared import state_files
-from shared.errors import CheckpointError, DataError, HandshakeError, ModelError, Refused
-from shared.invitations import BrokerAt, Invitation
-from shared.job import Job, Prompt
+from shared.errors import CheckpointError, DataError, DeadlineExceeded, HandshakeError, ModelError, Refused
+from shared.invitations import BrokerAt, Invitation, write_invitation
+from shared.job import Job, Prompt, parse_job
 from shared.model.checkpoint import SINGLE, Checkpoint, checkpoint_of
 from worker_client.batches import batch_indices
 from worker_client.client import ClientSettings, Result, finished_before, load_tokenizer, run_client
 from worker_client.data import load_rows
 from worker_client.head_tail import load_client_parts
+from worker_client.local_trunk import trunk_of
+from worker_client.remote_trunk import RemoteTrunk
 
 
 @pytest.fixture
@@ -69,10 +76,10 @@ def test_a_run_ends_with_the_trained_parts_on_disk(running: Serving, data: Path,
     running.service.join()
 
     assert [event["event"] for event in events] == [
-        "data", "updates", "round", "evaluation", "step", "step", "evaluation", "finished",
+        "data", "updates", "round", "evaluation", "step", "step", "round_done", "evaluation", "finished",
     ]  # fmt: skip
     assert [(event.get("round"), event.get("rounds")) for event in events[2:]] == [
-        (0, None), (None, 0), (0, None), (0, None), (None, 1), (None, 1),
+        (0, None), (None, 0), (0, None), (0, None), (0, None), (None, 1), (None, 1),
     ]  # fmt: skip
     assert (events[0]["rows"], events[0]["validation_rows"], events[0]["total_steps"]) == (8, 2, 2)
     assert (events[1]["handed_in"], events[1]["secure"]) == (True, "off")
@@ -91,6 +98,95 @@ def test_a_run_ends_with_the_trained_parts_on_disk(running: Serving, data: Path,
     document = json.loads((out / "flglm.json").read_text())
     assert Job.model_validate(document["job"]) == running.job
     assert document["job_digest"] == running.job.digest().hex()
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["log", "terminal"])
+def test_a_log_has_a_line_for_every_round_and_a_terminal_a_bar(
+    drawn: bool,
+    job: Job,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if drawn:
+        monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes any stream for a terminal
+    job = job.model_copy(update={"rounds": job.rounds.model_copy(update={"count": 2})})
+    events: list[dict[str, Any]] = []
+    with serving(job, tmp_path, ["anna"]) as running, ClientProgress(enabled=True) as progress:
+
+        def report(event: dict[str, Any]) -> None:
+            events.append(event)
+            progress.show(event)
+
+        settings = ClientSettings(data=data, out=tmp_path / "out", validation_fraction=0)
+        run_client(settings, invitation_of(running), running.clients["anna"], report, running.context)
+    losses = [[e["loss"] for e in events if e["event"] == "step" and e["round"] == round] for round in range(2)]
+    expected = [f"round {n} of 2: mean loss {sum(of) / 2:.4f}" for n, of in enumerate(losses, 1)]
+    lines = [line for line in capsys.readouterr().err.splitlines() if " of 2: " in line]
+    assert [line.rpartition(",")[0] for line in lines] == ([] if drawn else expected)
+    assert all(line.endswith(" s") for line in lines)
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """A command sets handlers for its process, which here is that of the tests."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_who_waits_in_vain_for_the_others_is_told_for_whom_and_how_to_wait_longer(
+    job: Job, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command itself, against a job of two clients of whom one never comes."""
+    pair = job.model_copy(update={"cohort": job.cohort.model_copy(update={"clients": 2})})
+    anywhere = BrokerSettings(frontend="tcp://127.0.0.1:*", backend="tcp://127.0.0.1:*")
+    with serving(pair, tmp_path, ["anna", "berta"], broker_settings=anywhere) as running:
+        invited = invitation_of(running).model_copy(
+            update={
+                "brokers": [BrokerAt(address=running.broker.frontend)],
+                "expires_at": datetime.now(UTC) + timedelta(days=1),
+            }
+        )
+        write_invitation(tmp_path / "anna.invite", invited, None)
+        words = ["--invite", "anna.invite", "--key", "keys/anna.key", "--data", data.name, "--out", "out"]
+        at = [word if word.startswith("--") else str(tmp_path / word) for word in words]
+        with pytest.raises(SystemExit) as ended:
+            main(["client", "train", *at, "--wait", "0.5"])
+    assert ended.value.code == DeadlineExceeded.exit_code == 3
+    said = capsys.readouterr().err
+    assert "no round began: the job waits for its other members (cohort.clients=2) (waited 0.5 s)" in said
+    assert "--wait SECONDS waits longer" in said
+
+
+def test_who_waits_in_vain_for_a_round_to_end_is_told_so(job: Job, tmp_path: Path) -> None:
+    """In plain FedAvg: the other member is there, and trains without end."""
+    values = job.model_dump(mode="json")
+    pair = parse_job(values | {"split": {"trunk": "client"}, "cohort": values["cohort"] | {"clients": 2}}, "job")
+    with serving(pair, tmp_path, ["anna", "berta"]) as running, running.link("berta") as slow:
+        joined = Background("berta", lambda: RemoteTrunk(slow, pair, 60.0).join(8))
+        waits = Site(random_rows(8, 0), trunk=lambda link, job, parts, _: trunk_of(link, job, parts, 60.0, 0.5))
+        with pytest.raises(DeadlineExceeded, match=r"round 1 has not ended: .* other members \(waited 0.5 s\)") as late:
+            train_one(running, "anna", waits, tmp_path)
+        joined.join()
+    assert late.value.hint is not None
+    assert "--wait" in late.value.hint
+
+
+def test_a_step_is_a_line_of_the_log_for_who_wants_details(
+    running: Serving, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    events: list[dict[str, Any]] = []
+    with caplog.at_level(logging.DEBUG, logger="worker_client"):
+        run(running, ClientSettings(data=data, out=tmp_path / "out", validation_fraction=0), events)
+    logged = [record for record in caplog.records if record.getMessage() == "step_done"]
+    own = [record.fields for record in logged if record.name == "worker_client.steps"]  # type: ignore[attr-defined]
+    assert [{"event": "step"} | fields for fields in own] == [e for e in events if e["event"] == "step"]
+    assert len(own) == 2
+    assert own[0].keys() == {"step", "round", "loss", "tokens", "seconds", "waited_s"}
 
 
 def test_from_a_configuration_and_texts_to_a_model(job: Job, data: Path, tmp_path: Path) -> None:

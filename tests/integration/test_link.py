@@ -162,7 +162,7 @@ def test_tensors_go_in_and_come_out(job: Job, tmp_path: Path) -> None:
 def test_an_answer_of_another_kind_is_an_error(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = pack_rows(random_rows(1, 0))
     with serving(job, tmp_path, ["a"]) as running, running.link("a") as link:
-        start = link.call(Join(request=link.next_request(), rows=1), timeout_s=WAIT_S)
+        start = link.wait(link.send(Join(request=link.next_request(), rows=1)), WAIT_S, "no answer")
         monkeypatch.setattr(link, "wait", lambda *_, **__: start)
         with pytest.raises(SchemaError, match="round_start"):
             RemoteTrunk(link, job, WAIT_S).evaluate(torch.zeros(batch.tokens, WIDTH), batch)
@@ -188,10 +188,10 @@ def test_an_answer_that_does_not_come_is_not_waited_for_for_ever(job: Job, tmp_p
     with (
         serving(pair, tmp_path, ["a", "b"]) as running,
         running.link("a") as link,
-        pytest.raises(DeadlineExceeded, match="no answer to a join request") as error,
+        pytest.raises(DeadlineExceeded, match="no round began: the job waits for its other members") as error,
     ):
         RemoteTrunk(link, pair, 0.1).join(3)
-    assert error.value.hint is not None
+    assert error.value.hint == "run the same command to resume; --wait SECONDS waits longer"
 
 
 def test_when_the_server_stops_whoever_waits_is_told(job: Job, tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def test_a_bad_request_is_refused_and_others_train_on(
             tensors=(info,),
         )
         with pytest.raises(Refused) as refused:
-            bad.call(message, [frame], timeout_s=WAIT_S)
+            bad.wait(bad.send(message, [frame]), WAIT_S, "no answer")
         trained.join()
     assert refused.value.reason == code
     for name, value in trunk_tensors(tmp_path / "run").items():

@@ -17,6 +17,7 @@ from launcher.progress import ClientProgress
         ({"event": "update_clipped", "round": 4, "values": 3, "to": 1024.0}, "3 values of round 5's update"),
         ({"event": "shares_refused", "round": 4, "reason": "x"}, "left out of the sum of round 5: x"),
         ({"event": "resumed", "rounds": 4}, "resumed after 4 rounds"),
+        ({"event": "round_done", "round": 4, "of": 9, "seconds": 2.0}, "round 5 of 9: 2.0 s"),
         (
             {"event": "evaluation", "rounds": 4, "loss": 1.5, "accuracy": 0.5, "rows": 8},
             "after 4 rounds: held-out loss 1.5",

@@ -16,7 +16,8 @@ SERVER = {
     "flglm_server_sessions": 3.0,
     "flglm_server_round": 2.0,
     "flglm_server_queue_requests": 1.0,
-    "flglm_server_cohorts_total": 10.0,
+    'flglm_server_cohorts_total{purpose="train"}': 8.0,
+    'flglm_server_cohorts_total{purpose="evaluate"}': 2.0,
     "flglm_server_cohort_requests_sum": 30.0,
     "flglm_server_cohort_requests_count": 10.0,
     "flglm_server_wait_seconds_sum": 0.5,
@@ -48,7 +49,7 @@ def test_rates_are_what_was_added_between_two_looks() -> None:
 
 
 def test_a_role_that_was_started_again_counts_anew() -> None:
-    young = SERVER | {"flglm_server_cohorts_total": 4.0}
+    young = SERVER | {'flglm_server_cohorts_total{purpose="train"}': 2.0}
     assert figures(Look("here", 0.0, SERVER), Look("here", 2.0, young))["cohorts_per_s"] == 2
 
 

@@ -129,6 +129,17 @@ def default_path(data: Path) -> Path:
     return data.with_name(data.name + SUFFIX)
 
 
+def path_of(data: Path, chosen: Path | None) -> Path:
+    """The ledger for the rows in `data`: by default beside them; in a folder, a file named after where the rows lie, as
+    `srv-notes.jsonl.privacy.json` for /srv/notes.jsonl; else the file `chosen`.
+    """
+    if chosen is None:
+        return default_path(data)
+    if chosen.is_dir():
+        return chosen / (str(data.absolute()).strip("/").replace("/", "-") + SUFFIX)
+    return chosen
+
+
 def read_entries(path: Path) -> list[Entry]:
     """Those of the ledger; none if there is no file. Raises LedgerError if it cannot be read, or is not whole."""
     try:

@@ -15,9 +15,11 @@ import pytest
 
 from shared.errors import LedgerError, Refused
 from shared.job import Job, parse_job
+from worker_client.client import ledger_of
+from worker_client.policy import Policy
 from worker_client.privacy import ledger as module
 from worker_client.privacy.accounting import epsilon
-from worker_client.privacy.ledger import Ledger, default_path, digest_of, read_entries
+from worker_client.privacy.ledger import SUFFIX, Ledger, default_path, digest_of, path_of, read_entries
 
 DATA = "d" * 64
 DELTA = 1e-5
@@ -51,6 +53,24 @@ def test_rounds_of_all_jobs_count_together(path: Path) -> None:
     assert kept == [(first.digest().hex(), "central", 1.0, 3), (second.digest().hex(), "local", 2.0, 1)]
     assert Ledger(path, DATA).spent(second) == spent
     assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_folder_has_one_for_each_file_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever trains on them, with whatever name for them, finds the same."""
+    ledgers, ours, others = tmp_path / "ledgers", tmp_path / "a" / "rows.jsonl", tmp_path / "b" / "rows.jsonl"
+    for folder in (ledgers, ours.parent, others.parent):
+        folder.mkdir()
+    for file in (ours, others):
+        file.write_text("{}\n")
+    monkeypatch.chdir(ours.parent)
+    for rounds, name in ((1, ours), (2, Path("rows.jsonl")), (1, others)):
+        ledger = ledger_of(name, ledgers, Policy(), job_of())
+        assert ledger is not None
+        assert ledger.charge(job_of()).rounds == rounds
+    kept = {path.name for path in ledgers.iterdir() if not path.name.startswith(".")}
+    assert kept == {str(file).strip("/").replace("/", "-") + SUFFIX for file in (ours, others)}
+    assert path_of(ours, tmp_path / "mine.json") == tmp_path / "mine.json"
+    assert path_of(ours, None) == default_path(ours) == ours.parent / "rows.jsonl.privacy.json"
 
 
 def test_rows_that_were_changed_do_not_begin_anew(path: Path) -> None:
