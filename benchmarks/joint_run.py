@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from launcher.in_process import Background, Serving, Site, serving, train_one, trunk_tensors
+from shared.errors import ConnectionFailed
 from shared.job import Job
 from worker_client.data import Row
 from worker_client.head_tail import HeadTail
@@ -95,11 +96,13 @@ def train(
 
 
 def wait_for(threads: Sequence[Background]) -> None:
-    """Until all have ended, or one with an error, which is raised."""
+    """Until all have ended, or one with an error, which is raised, or that by which it lost the others."""
     waiting = list(threads)
     while waiting:
         for thread in list(waiting):
             thread.thread.join(LOOK_S / len(waiting))
             if not thread.thread.is_alive():
-                thread.join()
                 waiting.remove(thread)
+        errors = [thread.error for thread in threads if thread.error is not None]
+        if errors:
+            raise next((error for error in errors if not isinstance(error, ConnectionFailed)), errors[0])
