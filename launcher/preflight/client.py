@@ -18,7 +18,14 @@ from launcher.preflight.files import (
     invitation_of,
     job_of,
 )
-from launcher.preflight.models import check_digest, check_split, checkpoint_of, client_need, round_traffic
+from launcher.preflight.models import (
+    check_digest,
+    check_split,
+    checkpoint_of,
+    client_need,
+    evaluation_traffic,
+    round_traffic,
+)
 from launcher.preflight.network import Context, check_broker, check_name, probing
 from launcher.preflight.privacy import check_privacy
 from launcher.preflight.resources import check_checkpoints, check_disk, check_memory
@@ -241,7 +248,8 @@ def _with_model(
         )
     if plan.digest:
         rows.add(check_digest(checkpoint))
-    for row in check_rows(plan.data, plan.validation, plan.validation_fraction, job, checkpoint):
+    checks, held_out = check_rows(plan.data, plan.validation, plan.validation_fraction, job, checkpoint)
+    for row in checks:
         rows.add(row)
     check, split = check_split(checkpoint, job)
     rows.add(check)
@@ -254,5 +262,14 @@ def _with_model(
         rows.add(fail("method", error.message, error.hint or "ask the operator for a job that fits the model"))
         return None
     rows.add(check_memory(need.memory))
-    rows.add(ok("traffic", f"{bytes_text(up)} up and {bytes_text(down)} down a round, at most"))
+    scored = evaluation_traffic(checkpoint, job, held_out)
+    rows.add(
+        ok("traffic", f"{bytes_text(up)} up and {bytes_text(down)} down a round, at most{_evaluations(job, scored)}")
+    )
     return need.disk
+
+
+def _evaluations(job: Job, scored: int) -> str:
+    every = job.rounds.evaluate_every
+    rounds = "round" if every == 1 else f"{every} rounds"
+    return f"; {bytes_text(scored)} each way for an evaluation, every {rounds}" if scored else ""

@@ -20,6 +20,7 @@ from shared.model.plan import PartName, SplitPlan
 from shared.model.residuals import Residuals
 from shared.model.trainable import trained, weightless_parts
 from shared.payload.codecs import CODECS
+from worker_client.data import Row
 
 FLOAT32 = 4
 # A trained value, its gradient and AdamW's two moments, all float32; on disk there is no gradient.
@@ -130,7 +131,8 @@ def client_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: 
 
 
 def round_traffic(checkpoint: Checkpoint, job: Job, plan: SplitPlan) -> tuple[int, int]:
-    """The most bytes of tensors that one client sends and gets in a round; seals and headers add little.
+    """The most bytes of tensors that one client sends and gets in a round, evaluations aside; seals and headers add
+    little.
 
     Up go the update, hidden states and gradients of batches of full length; down come averages with what the
     aggregation adds to them, hidden states, and gradients where the head is trained. Under a group's key, too, a sum
@@ -152,6 +154,15 @@ def round_traffic(checkpoint: Checkpoint, job: Job, plan: SplitPlan) -> tuple[in
     batches = job.rounds.local_steps * training.gradient_accumulation_steps
     hidden, gradient = (batches * CODECS[name].size(shape) for name in (job.wire.hidden, job.wire.gradient))
     return update + hidden + gradient, told + hidden + (gradient if "head" in training.parts else 0)
+
+
+def evaluation_traffic(checkpoint: Checkpoint, job: Job, rows: Sequence[Row]) -> int:
+    """Bytes of hidden states that a client sends to have these rows scored, and gets back as many."""
+    if "trunk" in job.client_parts:
+        return 0
+    size, width = job.training.per_device_train_batch_size, int(checkpoint.config.hidden_size)
+    codec, lengths = CODECS[job.wire.hidden], [job.prompt_tokens + len(row.input_ids) for row in rows]
+    return sum(codec.size((sum(lengths[start : start + size]), width)) for start in range(0, len(lengths), size))
 
 
 def server_need(checkpoint: Checkpoint, job: Job, plan: SplitPlan, checkpoints: int) -> Need:

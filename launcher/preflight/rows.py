@@ -9,7 +9,7 @@ from shared.model.checkpoint import Checkpoint
 from shared.model.families import context_length
 from shared.model.methods import longest_row
 from worker_client.client import load_tokenizer
-from worker_client.data import LoadedRows, load_rows, split_validation
+from worker_client.data import LoadedRows, Row, load_rows, split_validation
 from worker_client.record_files import read_records
 
 MEND = "mend the line that is named; README.md, 'Rows', shows the shapes"
@@ -28,29 +28,37 @@ def check_parsed(path: Path) -> Check:
     return ok(f"rows {path.name}", f"{count} rows, not tokenized yet")
 
 
-def check_rows(data: Path, validation: Path | None, fraction: float, job: Job, checkpoint: Checkpoint) -> list[Check]:
-    """Tokenized as training would: a row of the list for each file, or one for a tokenizer that is not there."""
+def check_rows(
+    data: Path, validation: Path | None, fraction: float, job: Job, checkpoint: Checkpoint
+) -> tuple[list[Check], tuple[Row, ...]]:
+    """Tokenized as training would: a check for each file, or one for a tokenizer that is not there; and what is held
+    out, as far as that is known.
+    """
     try:
         tokenizer = load_tokenizer(checkpoint)
     except ModelError as error:
-        return [fail("tokenizer", error.message, error.hint or "copy the tokenizer's files into the model's folder")]
+        mend = error.hint or "copy the tokenizer's files into the model's folder"
+        return [fail("tokenizer", error.message, mend)], ()
     try:
         limit = longest_row(job, context_length(checkpoint.config))
     except JobError as error:
-        return [fail("method", error.message, error.hint or "ask for a job with fewer virtual tokens")]
-    checks = []
+        return [fail("method", error.message, error.hint or "ask for a job with fewer virtual tokens")], ()
+    checks: list[Check] = []
+    held_out: tuple[Row, ...] = ()
     for path in (data, validation):
         if path is None:
             continue
         try:
             loaded = load_rows(path, tokenizer, max_length=limit, too_long=job.data.too_long)
-            if validation is None and fraction > 0:
-                split_validation(loaded.rows, fraction, job.training.seed)
+            if path == validation:
+                held_out = loaded.rows
+            elif validation is None and fraction > 0:
+                _, held_out = split_validation(loaded.rows, fraction, job.training.seed)
         except UsageError as error:
             checks.append(fail(f"rows {path.name}", error.message, error.hint or MEND))
         else:
             checks.append(_counted(path, loaded, limit))
-    return checks
+    return checks, held_out
 
 
 def _counted(path: Path, loaded: LoadedRows, limit: int) -> Check:

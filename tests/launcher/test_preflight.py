@@ -15,6 +15,7 @@ import torch
 import zmq
 
 from benchmarks.fidelity import ALL, Case, make_job, write_random_rows
+from benchmarks.joint_run import train
 from benchmarks.tiny_models import save_tiny_model, save_word_tokenizer
 from broker.guard import Guard
 from broker.service import Broker
@@ -23,7 +24,14 @@ from launcher.in_process import Background, Site, serving, train_one
 from launcher.main import main
 from launcher.preflight.checks import Check, Checklist, Status, one_line
 from launcher.preflight.files import check_clock, check_expiry
-from launcher.preflight.models import client_need, count, residual_values, round_traffic, server_need
+from launcher.preflight.models import (
+    client_need,
+    count,
+    evaluation_traffic,
+    residual_values,
+    round_traffic,
+    server_need,
+)
 from launcher.preflight.network import check_broker, check_free, check_metrics, check_name, probing
 from launcher.preflight.resources import Need, available_memory, check_checkpoints, check_disk, check_memory
 from launcher.preflight.server import check_device
@@ -616,6 +624,30 @@ def test_a_rounds_traffic_is_that_of_full_batches(head: bool, tmp_path: Path) ->
     update = sum(4 * p.numel() for p in load_client_parts(checkpoint, job).parameters.values())
     up, down = round_traffic(checkpoint, job, SplitPlan(1, 1, 4))
     assert (up, down) == (update + hidden + gradient, update + hidden + gradient * head)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_is_said_of_traffic_is_what_a_run_takes(every: int, tmp_path: Path) -> None:
+    """With rows of full length; greetings, headers and seals are the rest."""
+    folder = save_tiny_model("llama", tmp_path / "model")
+    values = {
+        "model_name_or_path": str(folder),
+        "method": {"type": "lora"},
+        "training": {"per_device_train_batch_size": 2},
+        "rounds": {"count": 4, "local_steps": 3, "evaluate_every": every},
+        "data": {"max_length": 24},
+        "wire": {"hidden": "int8"},
+    }
+    job = parse_job(values, "job")
+    rows, held_out = ([Row(tuple(range(2, 26)), (True,) * 24)] * count for count in (8, 13))
+    run = train(job, {"a": rows}, tmp_path, validation=held_out)
+    checkpoint = Checkpoint(str(folder))
+    up, down = round_traffic(checkpoint, job, SplitPlan(1, 1, 4))
+    scored = evaluation_traffic(checkpoint, job, held_out)
+    evaluations = 4 // every + 1
+    assert scored > up / 4
+    assert run.bytes_up["a"] == pytest.approx(4 * up + evaluations * scored, rel=0.15)
+    assert run.bytes_down["a"] == pytest.approx(4 * down + evaluations * scored, rel=0.15)
 
 
 def test_a_sum_that_a_client_opens_is_counted(tmp_path: Path) -> None:
