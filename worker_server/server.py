@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 import zmq
 
-from shared.errors import JobError
 from shared.flat import Shapes
 from shared.identity import Identity, key_digest
 from shared.job import Job
+from shared.job.replicas import check_replicas
 from shared.job.secure import least_quorum, why_off
 from shared.logs import event
 from shared.masked_updates import check_length
@@ -24,7 +24,7 @@ from shared.model.plan import SplitPlan
 from shared.model.trainable import initial_values, make_trainable, update_shapes
 from shared.monitoring import Health, new_registry
 from shared.payload.messages import Welcome
-from shared.secure_aggregation.terms import MAX_CLIENTS, MIN_CLIENTS
+from shared.secure_aggregation.terms import MAX_CLIENTS
 from shared.wire.connection import hello
 from shared.wire.waker import Waker
 from worker_server.brokers import Brokers
@@ -106,19 +106,20 @@ class Server:
 
     def run(self) -> None:
         """Raises JobError, ModelError, CheckpointError, ConnectionFailed."""
+        place = place_of(self.settings)
+        check_replicas(self.job, 1 if place is None else place.replicas)
         checkpoint = checkpoint_of(self.job)
         plan = SplitPlan(self.job.split.head_blocks, self.job.split.tail_blocks, checkpoint.config.num_hidden_layers)
         longest_row(self.job, context_length(checkpoint.config))
         trunk = NoTrunk() if "trunk" in self.job.client_parts else self._load_trunk(checkpoint, plan)
         fingerprint = checkpoint.fingerprint()
-        place = place_of(self.settings)
         state = self.settings.state if place is None else self.settings.state / f"replica-{place.replica}"
         progress = self.progress = Progress(
             state, self.job, fingerprint, trunk, initial=lambda: initial_values(checkpoint, plan, self.job)
         )
         progress.begin()
         shapes = update_shapes(checkpoint.config, plan, self.job)
-        sums = self._sums(shapes, place)
+        sums = self._sums(shapes)
         name = key_digest(self.identity.public)
         greeting = hello("server", name) if place is None else hello("server", name, place.replica, place.replicas)
         with (
@@ -163,22 +164,12 @@ class Server:
             if not self._stop.is_set():
                 self.service.run()
 
-    def _sums(self, shapes: Shapes, place: Place | None) -> AnySums | None:
-        """Says how updates are masked, or why they are not. Raises JobError if there are too many values for it, or
-        other replicas than the job says.
-        """
+    def _sums(self, shapes: Shapes) -> AnySums | None:
+        """Says how updates are masked, or why they are not. Raises JobError if there are too many values for it."""
         if self.job.secure == "off":
             if self.job.handed_in:
                 event(logger, "updates_not_masked", level=logging.WARNING, reason=why_off(self.job))
             return None
-        running = 1 if place is None else place.replicas
-        if running != self.job.cohort.replicas:
-            raise JobError(
-                f"{running} replicas, and the job says cohort.replicas={self.job.cohort.replicas}: with "
-                f"aggregation.secure={self.job.secure} clients must know among how few of them each sum may be",
-                hint=f"set cohort.replicas={running} (every replica needs {MIN_CLIENTS} clients), or "
-                "aggregation.secure=off: the servers then see every client's update",
-            )
         check_length(shapes)
         event(logger, "updates_masked", secure=self.job.secure, group_key=self.job.aggregation.group_key is not None)
         return (Rings if self.job.secure == "ring" else Sums)(self.job, shapes)
@@ -201,31 +192,6 @@ class Server:
         if place is None:
             yield None
             return
-        if place.replicas > self.job.cohort.clients:
-            raise JobError(f"{place.replicas} replicas for {self.job.cohort.clients} clients (cohort.clients)")
-        trains_trunk = "trunk" in self.job.training.parts
-        if self.job.cohort.sampled is not None:
-            raise JobError(
-                f"cohort.sampled={self.job.cohort.sampled} draws from all clients, and each of {place.replicas} "
-                "replicas knows only its own",
-                hint="run one server, or leave cohort.sampled out",
-            )
-        if self.job.exchanges_gradients:
-            raise JobError(
-                "aggregation.type=fedsgd is one step for all, and replicas step by themselves",
-                hint="run one server, or set aggregation.type=fedavg",
-            )
-        if self.job.aggregation.robust:
-            raise JobError(
-                f"aggregation.type={self.job.aggregation.type} compares all clients' updates, and each of "
-                f"{place.replicas} replicas has only its own clients'",
-                hint="run one server, or another aggregation.type (with max_update_norm)",
-            )
-        if self.job.aggregation.lora == "exact" and self.job.cohort.adapters == "shared" and trains_trunk:
-            raise JobError(
-                "aggregation.lora=exact does not reach a shared trunk, whose factors replicas average one by one",
-                hint="run one server, or set cohort.adapters=per_client or aggregation.lora=freeze_a",
-            )
         replicas = Replicas(place, device_of(self.settings), self.settings.replica_timeout_s)
         try:
             earliest = replicas.earliest(progress.round)

@@ -23,6 +23,7 @@ from launcher.preflight.resources import Need, check_checkpoints, check_disk, ch
 from shared.errors import JobError
 from shared.identity import Identity
 from shared.job import Job
+from shared.job.replicas import check_replicas
 from shared.wire.curve import Door
 from worker_server.progress import KEPT_CHECKPOINTS
 
@@ -53,6 +54,13 @@ def check_server_plan(plan: ServerPlan, rows: Checklist, now: datetime) -> None:
     rows.add(check_clock(now, [plan.key, plan.job, plan.clients, *plan.invites]))
     if job is not None:
         rows.add(check_updates(job))
+        if plan.replicas > 1 or job.cohort.replicas > 1:
+            rows.attempt(
+                "replicas",
+                lambda: check_replicas(job, plan.replicas),
+                lambda _: f"{plan.replicas} servers may train this job together",
+                "run one server",
+            )
     if job is not None and identity is not None:
         for path in plan.invites:
             rows.add(check_invite_for_server(path, job, identity, now))

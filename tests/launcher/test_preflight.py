@@ -721,3 +721,15 @@ def test_what_is_kept_of_differences_is_counted(tmp_path: Path) -> None:
     assert up.disk - client.disk == 3 * 2 * trained
     assert (down.memory - client.memory, down.disk) == (trained, client.disk)
     assert (told.memory - server.memory, told.disk - server.disk) == (trained, 2 * trained)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "secure", "status"), [("2", "off", "ok"), ("2", None, "fail"), ("4", "off", "fail")]
+)
+def test_servers_that_may_not_train_together_are_told_so(
+    replicas: str, secure: str | None, status: str, house: House
+) -> None:
+    job = house.job.model_dump(mode="json") | {"cohort": {"clients": 3}, "aggregation": {"secure": secure}}
+    Path("several.yaml").write_text(json.dumps(job))
+    words = ["--job", "several.yaml", "--replicas", replicas, "--replica", "0"]
+    assert house.check("server", *words)["replicas"]["status"] == status
