@@ -1,5 +1,6 @@
 """Plain PyTorch, as the measure of exactness: a whole Hugging Face model, rows one by one, AdamW. No code of ours."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ def train_plain(
         eps=training.adam_epsilon,
         weight_decay=training.weight_decay,
     )
-    warmup = round(training.warmup_ratio * steps)
+    warmup = math.ceil(training.warmup_ratio * steps)
     schedule = get_scheduler(training.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     model.train()
     losses = []

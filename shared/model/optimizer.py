@@ -1,5 +1,6 @@
 """The optimizer that each party runs over the part it holds: AdamW or SGD, schedule, clipping; its state as tensors."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -26,7 +27,7 @@ class PartOptimizer:
         self.schedule = get_scheduler(
             training.lr_scheduler_type,
             self.optimizer,
-            num_warmup_steps=round(training.warmup_ratio * total_steps),
+            num_warmup_steps=math.ceil(training.warmup_ratio * total_steps),
             num_training_steps=total_steps,
         )
 
