@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -183,6 +184,20 @@ def test_a_quick_run_measures_everything_and_resumes(tmp_path: Path, capsys: pyt
     methods.main(words)
     assert json.loads(capsys.readouterr().out) == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("tasks*.json")} == before
+
+
+def test_with_fedsgd_and_nothing_clipped_nothing_is_left_of_the_gap(bench: Bench, tmp_path: Path) -> None:
+    gaps = methods.measure_unclipped(bench, ["lora", "plain_fedavg lora", "prompt"], Cells(tmp_path, {}))
+    assert gaps.keys() == {"lora", "prompt"}
+    assert max(map(abs, gaps.values())) < methods.EXACT
+
+
+def test_a_spread_is_that_of_three_seeds(bench: Bench, tmp_path: Path) -> None:
+    cells = Cells(tmp_path, {})
+    spread = methods.measure_spread(bench, ["lora", "plain_fedavg lora"], cells)
+    losses = [json.loads(path.read_text())["loss"] for path in tmp_path.glob("tasks_lora_centralised*.json")]
+    assert len(set(losses)) == 3
+    assert spread["lora"] == spread["plain_fedavg lora"] == pytest.approx(stdev(losses) / mean(losses))
 
 
 def test_aggregations_are_compared_where_clients_drift(bench: Bench, tmp_path: Path) -> None:
