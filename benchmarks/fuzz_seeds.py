@@ -149,7 +149,7 @@ def _ledger() -> bytes:
 
 def _jobs() -> list[bytes]:
     job = Job(model_name_or_path="m").model_dump(mode="json")
-    full = {"model_name_or_path": "m", "method": {"type": "full"}, "cohort": {"clients": 3, "quorum": 2}}
+    full = {"model_name_or_path": "m", "method": {"type": "full"}, "cohort": {"clients": 5, "quorum": 4}}
     return [
         yaml.safe_dump(job).encode(),
         json.dumps(job).encode(),

@@ -13,7 +13,8 @@ PolicyOption = Annotated[Path | None, typer.Option("--policy", help="what this s
 LedgerOption = Annotated[
     Path | None,
     typer.Option(
-        "--privacy-ledger", help="what jobs spent of the rows' privacy: a file, or a folder; by default beside --data"
+        "--privacy-ledger",
+        help="what jobs spent of the rows' privacy: a file, or a folder that is there; by default beside --data",
     ),
 ]
 GroupKeyOption = Annotated[

@@ -76,25 +76,32 @@ class Progress:
         self.optimizer.move_to(round * self.job.rounds.local_steps)
 
     def undo(self, round: int) -> None:
-        """Be as this client was when `round` began. What came of the rounds before, it has heard."""
+        """Be as this client was when `round` began. What came of the rounds before, it has heard. Raises CheckpointError
+        if it cannot go back.
+        """
         carried = self.carried
-        self._go_back(round, moved=True)
+        if not self._go_back(round, moved=True):
+            raise CheckpointError(
+                f"{self.out}: no checkpoint of what round {round + 1} began with can be read",
+                hint="give --out another folder",
+            )
         self.carried, self.after = carried, None
 
-    def _go_back(self, round: int, *, moved: bool = False) -> None:
-        """To the newest checkpoint that is not after `round`, if there is one and it is not where this client is.
+    def _go_back(self, round: int, *, moved: bool = False) -> bool:
+        """To the newest checkpoint that is not after `round`; False if there is none that can be read.
 
-        `moved`: it has trained since `completed`.
+        `moved`: this client has trained since `completed`, so that being there is not enough.
         """
         for number in reversed([number for number in state_files.numbers(self.out) if number <= round]):
             if number == self.completed and not moved:
-                return
+                return True
             try:
                 self._load(number)
             except CheckpointError as error:
                 self._say_unreadable(number, error)
             else:
-                return
+                return True
+        return False
 
     def settle(self, boundary: Boundary) -> None:
         """Carry on what came of the round trained last, if its update counted."""

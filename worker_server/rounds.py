@@ -127,7 +127,7 @@ class Rounds(ABC):
         self.update_times: list[float] = []
         self.deadlines = Deadlines(plan.deadline_s, plan.deadline_mads)
         self.works = 0
-        self.tries = 0
+        self.undone = self.tries = 0
         self._prepare()
 
     # What the kinds of training add
@@ -252,13 +252,13 @@ class Rounds(ABC):
         return self._begin_round() if self.stage == "waiting" else []
 
     def wait_no_longer(self) -> list[Instruction]:
-        """Clients of a job that was resumed have had their time to come back: its rounds go on as in a running server,
-        with those that the quorum asks for. A sum that was asked for before and lacks somebody is not made again.
+        """Clients of a job that was resumed, or of a round that was undone, have had their time to come back: rounds go
+        on with those that the quorum asks for. A sum that was asked for before and lacks somebody is not made again.
         """
         plan = self.plan
         if self.stage != "waiting" or self.held:
             return []
-        if self.bound and self.missing and plan.quorum <= len(self._drawn()):
+        if self.missing and plan.quorum < len(self.bound) and plan.quorum <= len(self.lobby):
             gone = ", ".join(self.awaited)
             self.stage = "aggregating"
             failed = SumFailed(self.round, f"it can only be made again with {gone}, not back in time", ())
@@ -339,16 +339,16 @@ class Rounds(ABC):
         """
         if self.stage != "training":
             return []
-        late = tuple(self._late(now))
+        late, undone = tuple(self._late(now)), self.undone
         names = sorted(self.active[session] for session in late)
         ends = bool(late) and self.sum is not None and self.sum.ends_with_late
         goes_on = self._drop(late, now) or self._start(now)
-        if late:
+        if late and self.undone > undone:
             self._check_tries(names)
         return [Dismiss(late, late=True), *goes_on] if ends else goes_on
 
     def _check_tries(self, late: Sequence[str]) -> None:
-        self.tries += self.stage in ("undoing", "waiting")
+        self.tries += 1
         if self.tries == MOST_TRIES:
             raise DeadlineExceeded(
                 f"round {self.round + 1} was begun {self.tries} times, and members were late each time, the last time "
@@ -476,6 +476,7 @@ class Rounds(ABC):
 
     def _undo(self) -> list[Instruction]:
         self.stage = "undoing"
+        self.undone += 1
         dismissed, self.active = tuple(self.active), {}
         return [*([Dismiss(dismissed)] if dismissed else []), *self._undo_round()]
 

@@ -215,7 +215,7 @@ def make_rounds(
     `known`: those from whom this round is drawn, where it is. `sums`, `bound`: as Rounds has them.
     """
     clients, quorum = job.cohort.clients, job.cohort.effective_quorum
-    if place is not None:
+    if place is not None and place.replicas > 1:
         clients = clients // place.replicas + (place.replica < clients % place.replicas)
         at_least = 0 if sums is None else least_quorum(clients)
         quorum = clients if quorum == job.cohort.clients else at_least

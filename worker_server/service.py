@@ -129,7 +129,7 @@ class Service:
         self.stranded: set[bytes] = set()
         # Members of the last round that have not yet taken its result: they may have been killed, and come back.
         self.owed: set[str] = set()
-        # When the clients of a job that was resumed have had their time to come back.
+        # When the clients of a job that was resumed, or of a round that was undone, have had their time to come back.
         self.back_by = 0.0
         # Those for whom a round waits, as the log has it.
         self.awaited: list[str] = []
@@ -365,6 +365,7 @@ class Service:
                     self.engine.submit(instruction)
                 case Dismiss(sessions, late):
                     code, text = DISMISSED_LATE if late else DISMISSED
+                    self.back_by = time.monotonic() + self.rounds.plan.deadline_s
                     for session_id in sessions:
                         self._end(session_id, code, text, time.monotonic())
                 case _:

@@ -1,5 +1,6 @@
 """What a client carries from round to round, where a server cannot say whether its last update counted (replicas)."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.tiny_models import save_tiny_model
+from shared.errors import CheckpointError
 from shared.job import parse_job
 from shared.model.checkpoint import Checkpoint
 from worker_client.carried import Carried
@@ -47,6 +49,15 @@ def test_answered_it_knows(answer: dict[str, Any], carried: Carried, progress: P
     progress.align(2)
     progress.settle(Boundary(2, 2, {}, **answer))
     assert _same(progress.carried, carried)
+
+
+def test_who_cannot_go_back_does_not_go_on(progress: Progress) -> None:
+    """It would begin the round with what it trained alone."""
+    progress.complete_round(1, MISSED, {})
+    for folder in progress.out.glob("checkpoint-[01]"):
+        shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match="what round 2 began with"):
+        progress.undo(1)
 
 
 def _same(one: Carried, other: Carried) -> bool:

@@ -353,6 +353,14 @@ def test_it_does_not_wait_for_them_for_ever_if_fewer_suffice() -> None:
     assert started[0].round == 1
 
 
+def test_nor_where_others_are_there_in_their_place() -> None:
+    job = job_of(clients=4, quorum=3)
+    rounds = make_rounds(job, 0, sums=Sums(job, SHAPES), bound=frozenset(("anna", "berta", "clara", "gone")))
+    for name in ("anna", "berta", "dora"):
+        rounds.joined(Ticket(name.encode(), name, 1, None, public=KEYS[name].public), 0)
+    assert [type(each) for each in rounds.wait_no_longer()] == [SumFailed, Aggregate]
+
+
 def test_it_waits_if_all_are_needed() -> None:
     job = job_of(clients=4)
     rounds = make_rounds(job, 1, sums=Sums(job, SHAPES), bound=frozenset(NAMES))

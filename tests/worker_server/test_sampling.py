@@ -10,6 +10,7 @@ from shared.job import parse_job
 from worker_server.greedy import Greedy
 from worker_server.lockstep import Lockstep
 from worker_server.plain_fedavg import PlainFedavg
+from worker_server.replicas import Place
 from worker_server.rounds import Plan, Rounds
 from worker_server.sampling import drawn
 from worker_server.server import make_rounds
@@ -223,3 +224,10 @@ def test_the_jobs_settings_reach_the_machine() -> None:
     its = rounds.plan
     assert (its.clients, its.sampled, its.quorum, its.seed, its.deadline_mads) == (5, 3, 2, 9, 4)
     assert rounds.known == {"anna"}
+
+
+def test_a_world_of_one_is_a_server_on_its_own() -> None:
+    """As torchrun makes it."""
+    job = parse_job({"model_name_or_path": "m", "cohort": {"clients": 6, "sampled": 3}}, "job")
+    alone = Place(replica=0, replicas=1, host="localhost", port=1, hosts_store=True)
+    assert make_rounds(job, 0, alone).plan.quorum == make_rounds(job, 0).plan.quorum == 3

@@ -136,7 +136,7 @@ def path_of(data: Path, chosen: Path | None) -> Path:
     if chosen is None:
         return default_path(data)
     if chosen.is_dir():
-        return chosen / (str(data.absolute()).strip("/").replace("/", "-") + SUFFIX)
+        return chosen / (str(data.resolve()).strip("/").replace("/", "-") + SUFFIX)
     return chosen
 
 
