@@ -76,8 +76,9 @@ class Progress:
         self.optimizer.move_to(round * self.job.rounds.local_steps)
 
     def undo(self, round: int) -> None:
-        """Be as this client was when `round` began. What came of the rounds before, it has heard. Raises CheckpointError
-        if it cannot go back.
+        """Be as this client was when `round` began. What came of the rounds before, it has heard.
+
+        Raises CheckpointError if it cannot go back.
         """
         carried = self.carried
         if not self._go_back(round, moved=True):
