@@ -68,6 +68,11 @@ def _scaled(figures: Figures, name: str, unit: float) -> str:
     return f"{figures[name] / unit:,.1f}" if name in figures else ""
 
 
+def _label(setting: str) -> str:
+    """Short enough for a bar."""
+    return setting.removeprefix("3 clients ").replace("by source", "sources")
+
+
 def picture(found: Found, corpus: str) -> str:
     """Bars of held-out loss, a group a method."""
     methods: Sequence[str] = list(dict.fromkeys(method for method, _ in found))
@@ -75,7 +80,7 @@ def picture(found: Found, corpus: str) -> str:
         BarGroup(
             method,
             [
-                Bar(setting.removeprefix("3 clients "), figures["loss"], KINDS[setting])
+                Bar(_label(setting), figures["loss"], KINDS[setting])
                 for (mine, setting), figures in found.items()
                 if mine == method
             ],
