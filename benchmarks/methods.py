@@ -187,7 +187,7 @@ def measure_drift(
             }
             iid, fedavg = losses["fedavg, IID"]["loss"], losses["fedavg"]["loss"]
             for label, figures in losses.items():
-                back = None if label.startswith("fedavg") else given_back(iid, fedavg, figures["loss"])
+                back = None if label in ("fedavg", "fedavg, IID") else given_back(iid, fedavg, figures["loss"])
                 drift.setdefault(name, {})[f"{label}, {optimizer}"] = figures | {"given_back": back}
     return drift
 
