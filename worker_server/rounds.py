@@ -62,7 +62,7 @@ from worker_server.work import (
 )
 
 MOST_TRIES = 10
-"""So often a round is begun that members' lateness undoes. Training is deterministic: once more would end the same."""
+"""How often a round is begun that lateness of members undoes. Training is deterministic: once more ends the same."""
 
 Stage = Literal["waiting", "training", "undoing", "aggregating", "finished"]
 
