@@ -92,7 +92,9 @@ def test_no_round_is_trained_beyond_those_of_the_job(round: int, taken: bool) ->
         def next_request(self) -> int:
             return 1
 
-        def call(self, *_: Any, **__: Any) -> Answer:
+        def send(self, *_: Any) -> None: ...
+
+        def wait(self, *_: Any) -> Answer:
             return Answer(RoundStart(request=1, round=round, members=1), [])
 
     job = Job.model_validate({"model_name_or_path": "m", "rounds": {"count": 2}})
