@@ -151,6 +151,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+@pytest.mark.slow
 def test_delay_loss_and_short_cuts_end_no_session(
     job: Job, rows: list[local_run.Site], calm: dict[str, Tensor], tmp_path: Path
 ) -> None:

@@ -125,7 +125,7 @@ class House:
             self.data[name],
             self.folder / name,
             validation_fraction=0,
-            connect_timeout_s=min(20.0, 5 * reconnect_s),
+            connect_timeout_s=min(8.0, 5 * reconnect_s),
             reconnect_s=reconnect_s,
         )
         run_client(settings, invitation, self.people[name], report, self.context)
