@@ -129,15 +129,20 @@ def test_a_log_has_a_line_for_every_round_and_a_terminal_a_bar(
 
 
 @pytest.fixture
-def own_signals() -> Iterator[None]:
-    """A command sets handlers for its process, which here is that of the tests."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def process_as_before() -> Iterator[None]:
+    """A command sets handlers of signals and of logs for its process, which here is that of the tests."""
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    root, threads = logging.getLogger(), torch.get_num_threads()
+    handlers, level = root.handlers[:], root.level
     yield
-    for number, handler in before.items():
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    torch.set_num_threads(threads)
+    for number, handler in signals.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("own_signals")
+@pytest.mark.usefixtures("process_as_before")
 def test_who_waits_in_vain_for_the_others_is_told_for_whom_and_how_to_wait_longer(
     job: Job, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
