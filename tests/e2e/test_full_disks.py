@@ -117,7 +117,7 @@ def calm(job: Job, site: local_run.Site, out: Path) -> dict[str, Tensor]:
     return trained(out / "server-state", out / "results" / NAME)
 
 
-@pytest.mark.parametrize("full", ["server", "client"])
+@pytest.mark.parametrize("full", ["server", pytest.param("client", marks=pytest.mark.slow)])
 def test_a_full_disk_ends_its_role_with_one_line_and_with_room_the_run_ends_the_same(
     full: str, job: Job, site: local_run.Site, tmp_path: Path
 ) -> None:

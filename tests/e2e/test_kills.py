@@ -36,6 +36,7 @@ def test_random_kills_change_nothing(job: Job, tmp_path: Path) -> None:
     assert [name for name in calm if not torch.equal(calm[name], chaos[name])] == []
 
 
+@pytest.mark.slow
 def test_a_client_killed_when_all_is_done_still_gets_its_result(job: Job, tmp_path: Path) -> None:
     """The server waits for it, although the others have taken leave."""
     job = job.model_copy(update={"rounds": Rounds(count=1, local_steps=2)})

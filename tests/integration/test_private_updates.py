@@ -383,6 +383,7 @@ def test_a_ledger_that_is_lost_is_not_begun_anew(model: Path, tmp_path: Path) ->
         assert (ledger.read_bytes() if ledger.exists() else None) == content
 
 
+@pytest.mark.slow
 def test_replicas_go_on_from_the_same_noised_mean(model: Path, tmp_path: Path) -> None:
     """Two server processes, plain FedAvg: noise of one draw, for the mean over all clients of both."""
     job = job_of(

@@ -69,6 +69,7 @@ def _target_tokens(events: list[dict[str, Any]]) -> int:
     return sum(int(event["tokens"]) - 4 for event in steps)
 
 
+@pytest.mark.slow
 def test_a_replica_whose_clients_are_gone_holds_nobody_up(model: Path, tmp_path: Path) -> None:
     """A client is killed in the second of four rounds: the other comes to the end, and both replicas with it."""
     job = job_of(model, 2, 4).model_copy(update={"rounds": Rounds(count=4, local_steps=30)})

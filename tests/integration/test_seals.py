@@ -164,7 +164,8 @@ def _parsed(frames: list[bytes]) -> Iterator[Envelope]:
 def test_forged_records_change_nothing(job: Job, tmp_path: Path) -> None:
     undisturbed = values(train_in_process(job, sites(), tmp_path / "calm"), tmp_path / "calm")
     router = AttackingRouter()
-    attacked = train_in_process(job, sites(), tmp_path / "attacked", router)
+    # A session that an attack leaves open is waited for at the end.
+    attacked = train_in_process(job, sites(), tmp_path / "attacked", router, farewell_s=10.0)
     assert router.forged > 100
     assert_bit_equal(values(attacked, tmp_path / "attacked"), undisturbed)
 

@@ -30,7 +30,7 @@ SUMS = {"secagg_client": 1, "secagg_server": 2, "ring_member": 1, "ring_server":
 JSON = ("invitation", "card", "key", "rows", "privacy_ledger", "checkpoint_facts", "model_config", "model_index")
 YAML = ("job", "policy", "plan")
 EXAMPLES = settings(
-    max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
 
@@ -118,7 +118,7 @@ def test_valid_inputs_with_other_bytes_are_taken_or_refused(name: str, data: st.
 
 
 @pytest.mark.parametrize("name", FRAMES)
-@settings(EXAMPLES, max_examples=200)
+@settings(EXAMPLES, max_examples=100)
 @given(data=st.data())
 def test_messages_with_another_field_are_taken_or_refused(name: str, data: st.DataObject) -> None:
     frames = separated(data.draw(st.sampled_from(SEEDS[name]())))
@@ -129,7 +129,7 @@ def test_messages_with_another_field_are_taken_or_refused(name: str, data: st.Da
 
 
 @pytest.mark.parametrize("name", SUMS)
-@settings(EXAMPLES, max_examples=200)
+@settings(EXAMPLES, max_examples=100)
 @given(data=st.data())
 def test_messages_of_sums_with_another_field_or_words_change_nothing(name: str, data: st.DataObject) -> None:
     valid = data.draw(st.sampled_from(SEEDS[name]()))
@@ -143,7 +143,7 @@ def test_messages_of_sums_with_another_field_or_words_change_nothing(name: str, 
 
 
 @pytest.mark.parametrize("name", [*JSON, *YAML])
-@settings(EXAMPLES, max_examples=80)
+@settings(EXAMPLES, max_examples=40)
 @given(data=st.data())
 def test_files_with_another_setting_are_taken_or_refused(name: str, data: st.DataObject) -> None:
     document = yaml.safe_load(SEEDS[name]()[0])
